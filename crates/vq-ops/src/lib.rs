@@ -1,1 +1,18 @@
-//! Under construction.
+//! Operations that VQ-VAEs spend their time in, for candle tensors.
+//!
+//! Everything here is channels-last: images and feature maps are `[B, H, W, C]`. Weights keep
+//! PyTorch's layouts, so that parameters can be exchanged with it.
+//!
+//! Each operation exists twice: composed of candle's own operations (any device; the oracle of the
+//! tests, in [`composed`]) and, on the CPU, as a kernel of our own.
+
+pub mod composed;
+mod conv;
+mod nearest;
+mod optimizer;
+mod stack;
+
+pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
+pub use nearest::{code_statistics, nearest_codes};
+pub use optimizer::{AdamWStep, adamw_step, sum_of_squares};
+pub use stack::{Layer, Stack};

@@ -1,0 +1,89 @@
+//! The operations composed of candle's own: slow and obvious, for any device, and the oracle that
+//! the kernels are tested against.
+
+use candle_core::{D, Result, Tensor};
+
+use crate::{Conv2d, ConvTranspose2d};
+
+/// ReLU whose gradient is 0 at 0, as PyTorch's (candle's is 1 there).
+pub fn relu(x: &Tensor) -> Result<Tensor> {
+    let positive = x.detach().gt(0f64)?.to_dtype(x.dtype())?;
+    x * positive
+}
+
+/// [`crate::conv2d`] through candle's NCHW convolution.
+pub fn conv2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    config: Conv2d,
+) -> Result<Tensor> {
+    let x = if config.relu_input { relu(x)? } else { x.clone() };
+    let nchw = x.permute((0, 3, 1, 2))?.contiguous()?;
+    let y = nchw.conv2d(
+        &weight.contiguous()?,
+        config.padding,
+        config.stride,
+        config.dilation,
+        /* groups */ 1,
+    )?;
+    add_bias(&y.permute((0, 2, 3, 1))?.contiguous()?, bias)
+}
+
+/// [`crate::conv_transpose2d`] through candle's NCHW transposed convolution.
+pub fn conv_transpose2d(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    config: ConvTranspose2d,
+) -> Result<Tensor> {
+    let x = if config.relu_input { relu(x)? } else { x.clone() };
+    let nchw = x.permute((0, 3, 1, 2))?.contiguous()?;
+    let y = nchw.conv_transpose2d(
+        &weight.contiguous()?,
+        config.padding,
+        config.output_padding,
+        config.stride,
+        config.dilation,
+    )?;
+    add_bias(&y.permute((0, 2, 3, 1))?.contiguous()?, bias)
+}
+
+/// Nearest codes by direct differences in f64: `z` `[N, D]`, `codebook` `[K, D]` → `[N]` u32, the
+/// lowest index among ties. Holds one `[K, D]` difference at a time.
+pub fn nearest_codes(z: &Tensor, codebook: &Tensor) -> Result<Tensor> {
+    let z = z.to_dtype(candle_core::DType::F64)?;
+    let codebook = codebook.to_dtype(candle_core::DType::F64)?;
+    let mut codes = Vec::with_capacity(z.dim(0)?);
+    for row in 0..z.dim(0)? {
+        let distances: Vec<f64> =
+            codebook.broadcast_sub(&z.narrow(0, row, 1)?)?.sqr()?.sum(D::Minus1)?.to_vec1()?;
+        let mut best = 0;
+        for (code, distance) in distances.iter().enumerate() {
+            if distance < &distances[best] {
+                best = code;
+            }
+        }
+        codes.push(best as u32);
+    }
+    let n = codes.len();
+    Tensor::from_vec(codes, n, z.device())
+}
+
+/// [`crate::code_statistics`] as a one-hot matrix product.
+pub fn code_statistics(
+    z: &Tensor,
+    codes: &Tensor,
+    codebook_size: usize,
+) -> Result<(Tensor, Tensor)> {
+    let ids = Tensor::arange(0u32, codebook_size as u32, z.device())?;
+    let one_hot = codes.unsqueeze(0)?.broadcast_eq(&ids.unsqueeze(1)?)?.to_dtype(z.dtype())?;
+    Ok((one_hot.sum(1)?, one_hot.matmul(z)?))
+}
+
+fn add_bias(y: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    match bias {
+        Some(bias) => y.broadcast_add(bias),
+        None => Ok(y.clone()),
+    }
+}

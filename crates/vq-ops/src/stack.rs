@@ -1,0 +1,236 @@
+//! Chains of layers that run as one operation.
+
+use candle_core::{Result, Tensor, bail};
+
+use crate::{Conv2d, ConvTranspose2d};
+
+/// One layer of a [`Stack`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Layer {
+    /// A convolution with a bias.
+    Conv2d {
+        /// Channels of the input.
+        in_channels: usize,
+        /// Channels of the output.
+        out_channels: usize,
+        /// Height and width of the kernel.
+        kernel: usize,
+        /// Stride, padding, dilation and the ReLU before it.
+        config: Conv2d,
+    },
+    /// A transposed convolution with a bias.
+    ConvTranspose2d {
+        /// Channels of the input.
+        in_channels: usize,
+        /// Channels of the output.
+        out_channels: usize,
+        /// Height and width of the kernel.
+        kernel: usize,
+        /// Stride, padding, dilation and the ReLU before it.
+        config: ConvTranspose2d,
+    },
+    /// `h + conv1×1(relu(conv3×3(relu(h))))`, both convolutions with a bias.
+    Residual {
+        /// Channels of `h`.
+        channels: usize,
+        /// Channels between the two convolutions.
+        hidden: usize,
+    },
+}
+
+/// The 3×3 convolution of a residual layer.
+pub(crate) const RESIDUAL_3X3: Conv2d =
+    Conv2d { stride: 1, padding: 1, dilation: 1, relu_input: true };
+/// The 1×1 convolution of a residual layer.
+pub(crate) const RESIDUAL_1X1: Conv2d =
+    Conv2d { stride: 1, padding: 0, dilation: 1, relu_input: true };
+
+impl Layer {
+    /// The layer's parameters in order: names relative to the layer, and shapes in PyTorch's
+    /// layout.
+    pub fn parameters(&self) -> Vec<(&'static str, Vec<usize>)> {
+        match *self {
+            Self::Conv2d { in_channels, out_channels, kernel, .. } => vec![
+                ("weight", vec![out_channels, in_channels, kernel, kernel]),
+                ("bias", vec![out_channels]),
+            ],
+            Self::ConvTranspose2d { in_channels, out_channels, kernel, .. } => vec![
+                ("weight", vec![in_channels, out_channels, kernel, kernel]),
+                ("bias", vec![out_channels]),
+            ],
+            Self::Residual { channels, hidden } => vec![
+                ("conv1.weight", vec![hidden, channels, 3, 3]),
+                ("conv1.bias", vec![hidden]),
+                ("conv2.weight", vec![channels, hidden, 1, 1]),
+                ("conv2.bias", vec![channels]),
+            ],
+        }
+    }
+
+    /// Channels that the layer takes.
+    pub fn in_channels(&self) -> usize {
+        match *self {
+            Self::Conv2d { in_channels, .. } | Self::ConvTranspose2d { in_channels, .. } => {
+                in_channels
+            }
+            Self::Residual { channels, .. } => channels,
+        }
+    }
+
+    /// Channels that the layer gives.
+    pub fn out_channels(&self) -> usize {
+        match *self {
+            Self::Conv2d { out_channels, .. } | Self::ConvTranspose2d { out_channels, .. } => {
+                out_channels
+            }
+            Self::Residual { channels, .. } => channels,
+        }
+    }
+
+    /// (height, width) of the output for an input of that size.
+    pub fn output_size(&self, height: usize, width: usize) -> Result<(usize, usize)> {
+        match *self {
+            Self::Conv2d { kernel, config, .. } => {
+                Ok((config.output_length(height, kernel)?, config.output_length(width, kernel)?))
+            }
+            Self::ConvTranspose2d { kernel, config, .. } => {
+                Ok((config.output_length(height, kernel)?, config.output_length(width, kernel)?))
+            }
+            Self::Residual { .. } => Ok((height, width)),
+        }
+    }
+
+    /// Multiply-adds for one image of that size: kernel taps × channels × outputs (inputs, for a
+    /// transposed convolution), borders counted as if they were inside.
+    pub fn multiply_adds(&self, height: usize, width: usize) -> Result<u64> {
+        let (out_height, out_width) = self.output_size(height, width)?;
+        Ok(match *self {
+            Self::Conv2d { in_channels, out_channels, kernel, .. } => {
+                out_height * out_width * kernel * kernel * in_channels * out_channels
+            }
+            Self::ConvTranspose2d { in_channels, out_channels, kernel, .. } => {
+                height * width * kernel * kernel * in_channels * out_channels
+            }
+            Self::Residual { channels, hidden } => height * width * channels * hidden * 10,
+        } as u64)
+    }
+}
+
+/// A chain of layers, run as one operation on the CPU: ReLU, bias and residual additions are fused
+/// into the convolutions, and what the backward pass needs stays in buffers that are used again.
+#[derive(Clone, Debug)]
+pub struct Stack {
+    layers: Vec<Layer>,
+}
+
+impl Stack {
+    /// A chain of at least one layer, each of which takes the channels that the one before gives.
+    pub fn new(layers: Vec<Layer>) -> Result<Self> {
+        if layers.is_empty() {
+            bail!("a stack needs at least one layer");
+        }
+        for (index, pair) in layers.windows(2).enumerate() {
+            if let [before, after] = pair
+                && before.out_channels() != after.in_channels()
+            {
+                bail!(
+                    "layer {index} gives {} channels and layer {} takes {}",
+                    before.out_channels(),
+                    index + 1,
+                    after.in_channels()
+                );
+            }
+        }
+        Ok(Self { layers })
+    }
+
+    /// The layers, first to last.
+    pub fn layers(&self) -> &[Layer] {
+        &self.layers
+    }
+
+    /// (height, width) of the output for an input of that size.
+    pub fn output_size(&self, height: usize, width: usize) -> Result<(usize, usize)> {
+        self.layers.iter().try_fold((height, width), |(h, w), layer| layer.output_size(h, w))
+    }
+
+    /// Multiply-adds for one image of that size; see [`Layer::multiply_adds`].
+    pub fn multiply_adds(&self, height: usize, width: usize) -> Result<u64> {
+        let (mut size, mut total) = ((height, width), 0);
+        for layer in &self.layers {
+            total += layer.multiply_adds(size.0, size.1)?;
+            size = layer.output_size(size.0, size.1)?;
+        }
+        Ok(total)
+    }
+
+    /// `x` `[B, H, W, Cin]` → `[B, H', W', Cout]`. `params` holds every layer's
+    /// [`Layer::parameters`], in order. Differentiable in `x` and in `params`.
+    pub fn forward(&self, x: &Tensor, params: &[Tensor]) -> Result<Tensor> {
+        self.forward_layerwise(x, params)
+    }
+
+    /// [`Stack::forward`] through [`crate::conv2d`] and [`crate::conv_transpose2d`], one by one:
+    /// any device, and the oracle of the fused form.
+    pub fn forward_layerwise(&self, x: &Tensor, params: &[Tensor]) -> Result<Tensor> {
+        self.check_parameters(params)?;
+        let (mut x, mut params) = (x.clone(), params);
+        for layer in &self.layers {
+            let (own, rest) = params.split_at(layer.parameters().len());
+            params = rest;
+            x = match (layer, own) {
+                (Layer::Conv2d { config, .. }, [weight, bias]) => {
+                    crate::conv2d(&x, weight, Some(bias), *config)?
+                }
+                (Layer::ConvTranspose2d { config, .. }, [weight, bias]) => {
+                    crate::conv_transpose2d(&x, weight, Some(bias), *config)?
+                }
+                (Layer::Residual { .. }, [weight1, bias1, weight2, bias2]) => {
+                    let hidden = crate::conv2d(&x, weight1, Some(bias1), RESIDUAL_3X3)?;
+                    (&x + crate::conv2d(&hidden, weight2, Some(bias2), RESIDUAL_1X1)?)?
+                }
+                _ => bail!("a layer was given {} parameters", own.len()),
+            };
+        }
+        Ok(x)
+    }
+
+    fn check_parameters(&self, params: &[Tensor]) -> Result<()> {
+        let expected: Vec<_> = self.layers.iter().flat_map(Layer::parameters).collect();
+        if expected.len() != params.len() {
+            bail!("the stack has {} parameters, {} were given", expected.len(), params.len());
+        }
+        for (index, ((name, shape), param)) in expected.iter().zip(params).enumerate() {
+            if param.dims() != shape.as_slice() {
+                bail!("parameter {index} ({name}) has shape {:?}, not {shape:?}", param.dims());
+            }
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::composed;
+
+    #[test]
+    fn a_chain_whose_channels_do_not_fit_is_refused() {
+        let layer = |i, o| Layer::Conv2d {
+            in_channels: i,
+            out_channels: o,
+            kernel: 1,
+            config: Conv2d::default(),
+        };
+        assert!(Stack::new(vec![layer(3, 4), layer(4, 5)]).is_ok());
+        let error = Stack::new(vec![layer(3, 4), layer(5, 5)]).unwrap_err().to_string();
+        assert!(error.contains("layer 0 gives 4 channels and layer 1 takes 5"), "{error}");
+    }
+
+    #[test]
+    fn composed_operations_are_reachable() -> Result<()> {
+        let z = Tensor::new(&[[0f32, 1.], [2., 2.]], &candle_core::Device::Cpu)?;
+        assert_eq!(composed::nearest_codes(&z, &z)?.to_vec1::<u32>()?, [0, 1]);
+        Ok(())
+    }
+}
