@@ -1,0 +1,313 @@
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::thread::JoinHandle;
+
+use candle_core::{Device, Tensor};
+use rayon::prelude::*;
+
+use crate::random::{coin_flips, permutation};
+use crate::{Dataset, Error, Normalization};
+
+/// How a [`Loader`] makes batches.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LoaderOptions {
+    /// Images in a batch.
+    pub batch_size: usize,
+    /// Whether each epoch has an order of its own; else that of the dataset.
+    pub shuffle: bool,
+    /// Whether each image is mirrored left to right in half of the epochs.
+    pub flip: bool,
+    /// Whether the images that do not fill a last batch are left out of the epoch.
+    pub drop_last: bool,
+    /// The seed of the orders and flips.
+    pub seed: u64,
+    /// Batches prepared ahead on a thread of their own; 0 prepares each when it is asked for.
+    pub prefetch: usize,
+}
+
+impl Default for LoaderOptions {
+    fn default() -> Self {
+        Self { batch_size: 128, shuffle: true, flip: true, drop_last: true, seed: 0, prefetch: 4 }
+    }
+}
+
+/// Images to train on or to judge by, on the CPU.
+#[derive(Clone, Debug)]
+pub struct Batch {
+    /// f32 `[B,C,H,W]`, normalised.
+    pub images: Tensor,
+    /// u32 `[B]`; 0 where there are no classes.
+    pub labels: Tensor,
+    /// Which images of the dataset these are.
+    pub indices: Vec<usize>,
+}
+
+/// Makes the batches of a dataset, epoch by epoch.
+///
+/// The order of an epoch and its flips come from streams keyed by the seed and the epoch, so batch
+/// `n` of epoch `e` is the same whatever was read before it and however many are prepared ahead.
+#[derive(Clone)]
+pub struct Loader {
+    dataset: Arc<dyn Dataset>,
+    tables: Arc<[[f32; 256]]>,
+    options: LoaderOptions,
+    /// Threads of its own for costly reads: waiting for the global pool could wait for the very
+    /// thread that waits for the batch.
+    pool: Option<Arc<rayon::ThreadPool>>,
+}
+
+impl Loader {
+    /// Refuses an empty dataset, a batch size of 0, one that leaves no batch, and a normalization
+    /// that does not fit.
+    pub fn new(
+        dataset: Arc<dyn Dataset>,
+        normalization: Normalization,
+        options: LoaderOptions,
+    ) -> Result<Self, Error> {
+        normalization.validate(dataset.shape().channels)?;
+        let (batch_size, len) = (options.batch_size, dataset.len());
+        if batch_size == 0 {
+            return Err(Error::BatchSizeZero);
+        }
+        if len == 0 {
+            return Err(Error::EmptyDataset(dataset.name().to_owned()));
+        }
+        if options.drop_last && batch_size > len {
+            return Err(Error::BatchTooLarge { batch_size, len });
+        }
+        let pool = if dataset.is_costly() {
+            let pool = rayon::ThreadPoolBuilder::new()
+                .num_threads(rayon::current_num_threads())
+                .thread_name(|i| format!("vq-data-{i}"))
+                .build()
+                .map_err(|error| Error::Worker(error.to_string()))?;
+            Some(Arc::new(pool))
+        } else {
+            None
+        };
+        let tables = normalization.tables().into();
+        Ok(Self { dataset, tables, options, pool })
+    }
+
+    /// The dataset that the batches are made of.
+    pub fn dataset(&self) -> &Arc<dyn Dataset> {
+        &self.dataset
+    }
+
+    /// How the batches are made.
+    pub fn options(&self) -> &LoaderOptions {
+        &self.options
+    }
+
+    /// The number of batches in each epoch.
+    pub fn batches_per_epoch(&self) -> usize {
+        let (len, size) = (self.dataset.len(), self.options.batch_size);
+        if self.options.drop_last { len / size } else { len.div_ceil(size) }
+    }
+
+    /// The batches of an epoch from number `first_batch` on. An error ends it.
+    ///
+    /// Dropping the iterator stops its thread.
+    pub fn epoch(&self, epoch: u64, first_batch: usize) -> Batches {
+        let last = self.batches_per_epoch();
+        let remaining = last.saturating_sub(first_batch);
+        let stop = Arc::new(AtomicBool::new(false));
+        let mut worker = Worker {
+            loader: self.clone(),
+            epoch,
+            next: first_batch,
+            shuffled: None,
+            stop: stop.clone(),
+        };
+        if self.options.prefetch == 0 || remaining == 0 {
+            return Batches { remaining, feed: Feed::Inline(Box::new(worker)) };
+        }
+        // One batch is held by the blocked thread, so the channel needs one place less.
+        let (sender, receiver) = sync_channel(self.options.prefetch - 1);
+        let run = move || {
+            for _ in 0..remaining {
+                let batch = worker.next_batch();
+                let failed = batch.is_err();
+                if sender.send(batch).is_err() || failed {
+                    return;
+                }
+            }
+        };
+        let feed = match std::thread::Builder::new().name("vq-data-loader".to_owned()).spawn(run) {
+            Ok(thread) => {
+                Feed::Thread(Prefetch { receiver: Some(receiver), thread: Some(thread), stop })
+            }
+            Err(error) => Feed::Failed(Error::Worker(error.to_string())),
+        };
+        Batches { remaining, feed }
+    }
+}
+
+/// The batches of an epoch, in order; made by [`Loader::epoch`].
+pub struct Batches {
+    remaining: usize,
+    feed: Feed,
+}
+
+impl Iterator for Batches {
+    type Item = Result<Batch, Error>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.remaining == 0 {
+            self.feed = Feed::Done;
+            return None;
+        }
+        let batch = match &mut self.feed {
+            Feed::Inline(worker) => worker.next_batch(),
+            Feed::Thread(prefetch) => prefetch.receive(),
+            Feed::Failed(_) | Feed::Done => match std::mem::replace(&mut self.feed, Feed::Done) {
+                Feed::Failed(error) => Err(error),
+                _ => return None,
+            },
+        };
+        self.remaining = if batch.is_ok() { self.remaining - 1 } else { 0 };
+        Some(batch)
+    }
+
+    fn size_hint(&self) -> (usize, Option<usize>) {
+        (self.remaining.min(1), Some(self.remaining))
+    }
+}
+
+impl std::iter::FusedIterator for Batches {}
+
+enum Feed {
+    Inline(Box<Worker>),
+    Thread(Prefetch),
+    Failed(Error),
+    Done,
+}
+
+struct Prefetch {
+    receiver: Option<Receiver<Result<Batch, Error>>>,
+    thread: Option<JoinHandle<()>>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Prefetch {
+    fn receive(&self) -> Result<Batch, Error> {
+        let gone = || Error::Worker("it ended early".to_owned());
+        self.receiver.as_ref().ok_or_else(gone)?.recv().map_err(|_| gone())?
+    }
+}
+
+impl Drop for Prefetch {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+        // A thread that waits to send sees the receiver go; one that reads stops at the next image.
+        self.receiver = None;
+        if let Some(thread) = self.thread.take() {
+            // Its panics were caught, so there is nothing to learn from the result.
+            let _ = thread.join();
+        }
+    }
+}
+
+struct Worker {
+    loader: Loader,
+    epoch: u64,
+    next: usize,
+    /// The epoch's order and flips, once they are needed.
+    shuffled: Option<(Vec<usize>, Vec<u32>)>,
+    stop: Arc<AtomicBool>,
+}
+
+impl Worker {
+    /// A panic in a dataset becomes an error here, so that nobody waits for it forever.
+    fn next_batch(&mut self) -> Result<Batch, Error> {
+        match catch_unwind(AssertUnwindSafe(|| self.make_batch())) {
+            Ok(batch) => batch,
+            Err(panic) => Err(Error::Worker(panic_message(&*panic))),
+        }
+    }
+
+    fn make_batch(&mut self) -> Result<Batch, Error> {
+        let Loader { dataset, tables, options, pool } = &self.loader;
+        let (len, seed) = (dataset.len(), options.seed);
+        let (order, flips) = self.shuffled.get_or_insert_with(|| {
+            let order = if options.shuffle {
+                permutation(len, seed, self.epoch)
+            } else {
+                (0..len).collect()
+            };
+            let flips = if options.flip { coin_flips(len, seed, self.epoch) } else { Vec::new() };
+            (order, flips)
+        });
+        let start = self.next * options.batch_size;
+        let end = (start + options.batch_size).min(len);
+        let indices = order.get(start..end).unwrap_or_default().to_vec();
+        self.next += 1;
+
+        let shape = dataset.shape();
+        let size = shape.pixels();
+        let mut images = vec![0_f32; indices.len() * size];
+        let stop = &self.stop;
+        let read = |scratch: &mut Vec<u8>, (&index, out): (&usize, &mut [f32])| {
+            if stop.load(Ordering::Relaxed) {
+                return Err(Error::Worker("it was stopped".to_owned()));
+            }
+            dataset.read(index, scratch)?;
+            let flip = flips.get(index / 32).is_some_and(|word| word >> (index % 32) & 1 == 1);
+            normalize(scratch, out, shape.width, tables, flip);
+            Ok(())
+        };
+        if let Some(pool) = pool {
+            pool.install(|| {
+                indices
+                    .par_iter()
+                    .zip(images.par_chunks_exact_mut(size))
+                    .try_for_each_init(|| vec![0; size], read)
+            })?;
+        } else {
+            let mut scratch = vec![0; size];
+            indices
+                .iter()
+                .zip(images.chunks_exact_mut(size))
+                .try_for_each(|item| read(&mut scratch, item))?;
+        }
+
+        let count = indices.len();
+        let shape = (count, shape.channels, shape.height, shape.width);
+        let labels: Vec<u32> = indices.iter().map(|&index| dataset.label(index)).collect();
+        Ok(Batch {
+            images: Tensor::from_vec(images, shape, &Device::Cpu)?,
+            labels: Tensor::from_vec(labels, count, &Device::Cpu)?,
+            indices,
+        })
+    }
+}
+
+/// u8 `[C,H,W]` → f32 `[C,H,W]` by the tables of its channels, mirrored left to right if `flip`.
+fn normalize(image: &[u8], out: &mut [f32], width: usize, tables: &[[f32; 256]], flip: bool) {
+    let plane = image.len() / tables.len();
+    let planes = image.chunks_exact(plane).zip(out.chunks_exact_mut(plane));
+    for ((from, to), table) in planes.zip(tables) {
+        for (from, to) in from.chunks_exact(width).zip(to.chunks_exact_mut(width)) {
+            if flip {
+                for (x, &pixel) in to.iter_mut().zip(from.iter().rev()) {
+                    *x = table[usize::from(pixel)];
+                }
+            } else {
+                for (x, &pixel) in to.iter_mut().zip(from) {
+                    *x = table[usize::from(pixel)];
+                }
+            }
+        }
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic
+        .downcast_ref::<&str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
+    format!("it panicked: {}", text.unwrap_or("with no message"))
+}

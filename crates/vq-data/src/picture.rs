@@ -1,0 +1,100 @@
+//! Image files as the models see them: decoded by content, upright, RGB, cropped to a size.
+
+use std::fs::File;
+use std::io::BufReader;
+use std::path::Path;
+
+use image::imageops::{self, FilterType};
+use image::{DynamicImage, ImageDecoder, ImageReader, RgbImage};
+
+use crate::Error;
+
+/// Reads an image file: the format is told by its content, the EXIF orientation is applied,
+/// transparency is laid over white, grey and 16-bit images become 8-bit RGB, and of an animation
+/// the first picture is taken.
+pub fn load(path: impl AsRef<Path>) -> Result<RgbImage, Error> {
+    let path = path.as_ref();
+    let broken = |reason: String| Error::Image { path: path.into(), reason };
+    let file = File::open(path).map_err(Error::io(path))?;
+    let reader =
+        ImageReader::new(BufReader::new(file)).with_guessed_format().map_err(Error::io(path))?;
+    // The reader falls back on the extension, and a text file named .png is no PNG.
+    let format = is_image(path)?
+        .then(|| reader.format())
+        .flatten()
+        .ok_or_else(|| broken("its content is not PNG, JPEG, WebP, GIF, BMP or TIFF".to_owned()))?;
+    if !format.reading_enabled() {
+        let name = format.extensions_str().first().unwrap_or(&"this");
+        return Err(broken(format!("the format {name} is not supported")));
+    }
+    let one_line = |error: image::ImageError| broken(error.to_string().replace('\n', " "));
+    let mut decoder = reader.into_decoder().map_err(one_line)?;
+    let orientation = decoder.orientation().map_err(one_line)?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(one_line)?;
+    image.apply_orientation(orientation);
+    Ok(to_rgb(image))
+}
+
+/// Scales the shorter side to a size and cuts the middle out of the longer one: any size →
+/// `[height, width]` pixels. An image of that size stays as it is, to the bit.
+pub fn fit(image: &RgbImage, size: [usize; 2]) -> RgbImage {
+    let [height, width] = size.map(|side| side.clamp(1, 1 << 16) as u32);
+    if image.dimensions() == (width, height) {
+        return image.clone();
+    }
+    // Cropping first gives the same picture and never makes a large one in between.
+    let (w, h) = (u64::from(image.width()), u64::from(image.height()));
+    let (crop_w, crop_h) = if w * u64::from(height) > h * u64::from(width) {
+        (rounded_ratio(h * u64::from(width), u64::from(height)), h)
+    } else {
+        (w, rounded_ratio(w * u64::from(height), u64::from(width)))
+    };
+    let (crop_w, crop_h) = (crop_w.clamp(1, w.max(1)), crop_h.clamp(1, h.max(1)));
+    let (x, y) = ((w - crop_w) / 2, (h - crop_h) / 2);
+    let crop = imageops::crop_imm(image, x as u32, y as u32, crop_w as u32, crop_h as u32);
+    if (crop_w, crop_h) == (u64::from(width), u64::from(height)) {
+        return crop.to_image();
+    }
+    imageops::resize(&*crop, width, height, FilterType::Lanczos3)
+}
+
+/// The pixels of an image plane by plane, u8 `[3,H,W]`.
+pub fn to_chw(image: &RgbImage) -> Vec<u8> {
+    let plane = image.width() as usize * image.height() as usize;
+    let mut chw = vec![0; 3 * plane];
+    for (i, pixel) in image.as_raw().chunks_exact(3).enumerate() {
+        for (c, &value) in pixel.iter().enumerate() {
+            chw[c * plane + i] = value;
+        }
+    }
+    chw
+}
+
+/// Whether the content of a file starts like that of an image, whatever its name.
+pub(crate) fn is_image(path: &Path) -> Result<bool, Error> {
+    use std::io::Read;
+    let mut start = Vec::with_capacity(32);
+    let file = File::open(path).map_err(Error::io(path))?;
+    file.take(32).read_to_end(&mut start).map_err(Error::io(path))?;
+    Ok(image::guess_format(&start).is_ok())
+}
+
+fn rounded_ratio(numerator: u64, denominator: u64) -> u64 {
+    (numerator + denominator / 2) / denominator.max(1)
+}
+
+fn to_rgb(image: DynamicImage) -> RgbImage {
+    if !image.color().has_alpha() {
+        return image.into_rgb8();
+    }
+    let rgba = image.into_rgba8();
+    let (width, height) = rgba.dimensions();
+    let over_white = |value: u8, alpha: u8| {
+        let (value, alpha) = (u32::from(value), u32::from(alpha));
+        ((value * alpha + 255 * (255 - alpha) + 127) / 255) as u8
+    };
+    RgbImage::from_fn(width, height, |x, y| {
+        let [r, g, b, a] = rgba.get_pixel(x, y).0;
+        image::Rgb([r, g, b].map(|value| over_white(value, a)))
+    })
+}
