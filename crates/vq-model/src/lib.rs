@@ -1,1 +1,46 @@
-//! Under construction.
+//! VQ-VAEs on candle: images to discrete codes and back.
+//!
+//! - [`VqVae`] has one level of codes (van den Oord et al. 2017, "Neural Discrete Representation
+//!   Learning") or several (Razavi et al. 2019, "Generating Diverse High-Fidelity Images with VQ-VAE-2").
+//! - [`Config`] describes it and is stored beside its tensors.
+//! - [`Quantizer`] is the map between vectors and codes, [`VectorQuantizer`] the one of the papers.
+//!
+//! Images are `[B,C,H,W]` f32 at the border, normalised by [`Normalization`]; inside, everything is
+//! channels-last.
+//!
+//! ```no_run
+//! use candle_core::{Device, Tensor};
+//! use vq_model::VqVae;
+//!
+//! # fn main() -> Result<(), vq_model::Error> {
+//! # let pixels = Tensor::zeros((1, 3, 32, 32), candle_core::DType::F32, &Device::Cpu)?;
+//! let model = VqVae::from_pretrained("results/best", &Device::Cpu)?;
+//! let normalization = &model.config().normalization;
+//! let codes = model.encode(&normalization.normalize(&pixels)?)?;
+//! let decoded = normalization.denormalize(&model.decode(&codes)?)?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod architecture;
+mod codes;
+mod config;
+mod error;
+mod model;
+mod part;
+mod quantizer;
+mod random;
+mod store;
+
+pub use codes::Codes;
+pub use config::{
+    CodebookRule, Config, FORMAT_VERSION, GradientEstimator, LevelConfig, Normalization,
+    QuantizerConfig,
+};
+pub use error::{Error, Result};
+pub use model::{Output, VqVae};
+pub use quantizer::{
+    CodebookReport, CodebookUpdate, Quantized, Quantizer, VectorQuantizer, rotation,
+    straight_through,
+};
+pub use store::{CONFIG_FILE, MODEL_FILE};

@@ -1,0 +1,92 @@
+//! The discrete representation of images.
+
+use candle_core::{DType, Tensor};
+
+use crate::{Config, Error, Result};
+
+/// The codes of a batch of images.
+#[derive(Clone, Debug)]
+pub struct Codes {
+    /// One `[B,h,w]` tensor of u32 in 0..K per level, bottom (finest) first.
+    pub levels: Vec<Tensor>,
+}
+
+impl Codes {
+    /// Number of images.
+    pub fn batch_size(&self) -> Result<usize> {
+        match self.levels.first() {
+            Some(level) => Ok(level.dim(0)?),
+            None => Err(Error::Input("codes have no level".to_owned())),
+        }
+    }
+
+    /// `count` images from `first` on.
+    pub fn narrow(&self, first: usize, count: usize) -> Result<Self> {
+        let narrow = |level: &Tensor| Ok(level.narrow(0, first, count)?.contiguous()?);
+        Ok(Self { levels: self.levels.iter().map(narrow).collect::<Result<_>>()? })
+    }
+
+    /// Several batches one after the other. All must have the same levels and grids.
+    pub fn concat(batches: &[Self]) -> Result<Self> {
+        let levels = batches.first().map_or(0, |batch| batch.levels.len());
+        if levels == 0 || batches.iter().any(|batch| batch.levels.len() != levels) {
+            let problem = "only codes with the same, non-zero number of levels can be joined";
+            return Err(Error::Input(problem.to_owned()));
+        }
+        let level = |index: usize| {
+            let parts: Vec<&Tensor> =
+                batches.iter().filter_map(|batch| batch.levels.get(index)).collect();
+            Ok(Tensor::cat(&parts, 0)?)
+        };
+        Ok(Self { levels: (0..levels).map(level).collect::<Result<_>>()? })
+    }
+
+    /// Checks that a model of that config can decode them: levels, types, grids that belong together,
+    /// values below each level's K.
+    pub fn validate(&self, config: &Config) -> Result<()> {
+        if self.levels.len() != config.levels.len() {
+            return Err(Error::Input(format!(
+                "codes have {} level(s), the model has {}",
+                self.levels.len(),
+                config.levels.len()
+            )));
+        }
+        // The bottom grid that each level's grid stands for.
+        let mut bottom = None;
+        let mut factor = 1;
+        for (index, (codes, level)) in self.levels.iter().zip(&config.levels).enumerate() {
+            let (DType::U32, &[b, h, w]) = (codes.dtype(), codes.dims()) else {
+                return Err(Error::Input(format!(
+                    "codes of level {index} must be u32 [B, h, w], got {:?} {:?}",
+                    codes.dtype(),
+                    codes.dims()
+                )));
+            };
+            if b == 0 || h == 0 || w == 0 {
+                return Err(Error::Input(format!(
+                    "codes of level {index} are empty: [{b}, {h}, {w}]"
+                )));
+            }
+            if index > 0 {
+                factor *= level.downsample;
+            }
+            let grid = (b, h * factor, w * factor);
+            if *bottom.get_or_insert(grid) != grid {
+                let (b0, h0, w0) = bottom.unwrap_or(grid);
+                return Err(Error::Input(format!(
+                    "codes of level {index} are [{b}, {h}, {w}], which does not belong to [{b0}, {h0}, {w0}] \
+                     of level 0: the grid must be {factor} times smaller"
+                )));
+            }
+            let size = level.quantizer.codebook_size;
+            let values = codes.flatten_all()?.to_vec1::<u32>()?;
+            if let Some(value) = values.iter().find(|&&value| value as usize >= size) {
+                return Err(Error::Input(format!(
+                    "code {value} of level {index} is out of range: the codebook has {size} (0 to {})",
+                    size - 1
+                )));
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,400 @@
+//! The model: encoders, quantizers and decoders of all levels.
+
+use std::collections::BTreeMap;
+
+use candle_core::{D, DType, Device, Tensor, Var};
+
+use crate::part::{Builder, NamedLayers, Part};
+use crate::quantizer::{CodebookReport, CodebookUpdate, Quantizer, VectorQuantizer};
+use crate::{Codes, Config, Error, Result, architecture};
+
+/// A VQ-VAE (van den Oord et al. 2017) with one level of codes, or a VQ-VAE-2 (Razavi et al. 2019) with
+/// several.
+///
+/// ```
+/// use candle_core::{Device, Tensor};
+/// use vq_model::{Config, VqVae};
+///
+/// let model = VqVae::new(&Config::default(), /* seed */ 0, &Device::Cpu)?;
+/// let images = Tensor::zeros((2, 3, 32, 32), candle_core::DType::F32, &Device::Cpu)?;
+/// let codes = model.encode(&images)?;
+/// assert_eq!(codes.levels[0].dims(), [2, 8, 8]);
+/// assert_eq!(model.decode(&codes)?.dims(), [2, 3, 32, 32]);
+/// # Ok::<(), vq_model::Error>(())
+/// ```
+#[derive(Debug)]
+pub struct VqVae {
+    config: Config,
+    device: Device,
+    /// Bottom first.
+    levels: Vec<Level>,
+    parameters: BTreeMap<String, Var>,
+    buffers: BTreeMap<String, Var>,
+}
+
+/// What [`VqVae::forward`] gives.
+#[derive(Clone, Debug)]
+pub struct Output {
+    /// x̂ `[B,C,H,W]` in the model's range, not clamped.
+    pub reconstruction: Tensor,
+    /// The codes that it was decoded from.
+    pub codes: Codes,
+    /// ‖sg\[`z_e`\] − e‖², summed over the levels; each a mean over B·h·w·D
+    /// (van den Oord et al. 2017, eq. 3, second term). 0 for levels with the rule `ema`.
+    pub codebook_loss: Tensor,
+    /// ‖`z_e` − sg\[e\]‖², summed over the levels; each a mean over B·h·w·D, without β
+    /// (van den Oord et al. 2017, eq. 3, third term).
+    pub commitment_loss: Tensor,
+    /// The encoders' outputs `[B,h,w,D]`, bottom first, detached: what
+    /// [`VqVae::initialize_codebooks`] and [`VqVae::update_codebooks`] take.
+    pub z_e: Vec<Tensor>,
+}
+
+#[derive(Debug)]
+struct Level {
+    /// From the level below (the image) to features; the top level's also holds its projection.
+    encoder: Part,
+    /// From the features and what the levels above decode to, to `z_e`; none at the top.
+    projection: Option<Part>,
+    quantizer: Box<dyn Quantizer>,
+    /// From this level's and all higher levels' `z_q` to the level below (the image).
+    decoder: Part,
+}
+
+impl VqVae {
+    /// A model with fresh parameters. They depend on `seed` and on each parameter's name alone.
+    pub fn new(config: &Config, seed: u64, device: &Device) -> Result<Self> {
+        config.validate()?;
+        let mut builder = Builder::new(seed, device);
+        let levels = (0..config.levels.len())
+            .map(|index| Level::new(config, index, &mut builder))
+            .collect::<Result<_>>()?;
+        let Builder { parameters, buffers, .. } = builder;
+        Ok(Self { config: config.clone(), device: device.clone(), levels, parameters, buffers })
+    }
+
+    /// The architecture.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// Where the model computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// What the optimizer trains, by name; the codebook is among it with the rule `gradient`.
+    pub fn parameters(&self) -> &BTreeMap<String, Var> {
+        &self.parameters
+    }
+
+    /// What is saved with the parameters but not trained by gradients: N, m and e of the rule `ema`,
+    /// the codes' usage, and whether k-means has run.
+    pub fn buffers(&self) -> &BTreeMap<String, Var> {
+        &self.buffers
+    }
+
+    /// Images `[B,C,H,W]` in the model's range (see [`Normalization`](crate::Normalization)) to their
+    /// codes. H and W must be multiples of [`Config::downsampling`]. An image's codes do not depend on
+    /// what else is in the batch.
+    pub fn encode(&self, images: &Tensor) -> Result<Codes> {
+        let levels = self.descend(images, false, |quantizer, z_e| {
+            let codes = quantizer.encode(z_e)?;
+            Ok((quantizer.decode(&codes)?, codes))
+        })?;
+        Ok(Codes { levels: levels.into_iter().map(|(_, codes)| codes).collect() })
+    }
+
+    /// Codes to images `[B,C,H,W]` in the model's range, not clamped. The grids may be of any size, as
+    /// long as those of the levels belong together.
+    pub fn decode(&self, codes: &Codes) -> Result<Tensor> {
+        codes.validate(&self.config)?;
+        let maps: Vec<Tensor> = self
+            .levels
+            .iter()
+            .zip(&codes.levels)
+            .map(|(level, codes)| level.quantizer.decode(&codes.to_device(&self.device)?))
+            .collect::<Result<_>>()?;
+        self.decode_maps(&maps, false)
+    }
+
+    /// [`encode`](Self::encode) and [`decode`](Self::decode): `[B,C,H,W]` to `[B,C,H,W]`.
+    pub fn reconstruct(&self, images: &Tensor) -> Result<Tensor> {
+        self.decode(&self.encode(images)?)
+    }
+
+    /// Images `[B,C,H,W]` to reconstruction, codes and losses; differentiable. Changes nothing in the
+    /// model.
+    pub fn forward(&self, images: &Tensor) -> Result<Output> {
+        self.run(images, true)
+    }
+
+    /// [`forward`](Self::forward) without a graph for gradients: the same values in less memory.
+    pub fn evaluate(&self, images: &Tensor) -> Result<Output> {
+        self.run(images, false)
+    }
+
+    /// The code vectors `[K,D]` of a level (0 = bottom), detached.
+    pub fn codebook(&self, level: usize) -> Result<Tensor> {
+        match self.levels.get(level) {
+            Some(level) => level.quantizer.codebook(),
+            None => Err(Error::Input(format!(
+                "there is no level {level}; the model has {}",
+                self.levels.len()
+            ))),
+        }
+    }
+
+    /// Multiply-adds of the forward pass for one image of [`Config::image_size`], the search for the
+    /// nearest codes included.
+    pub fn multiply_adds(&self) -> Result<u64> {
+        let [height, width] = self.config.image_size;
+        let grids = self.config.grids(height, width)?;
+        let mut input = (height, width);
+        let mut total = 0;
+        for (level, &[h, w]) in self.levels.iter().zip(&grids) {
+            total += level.encoder.multiply_adds(input)?.0;
+            if let Some(projection) = &level.projection {
+                total += projection.multiply_adds((h, w))?.0;
+            }
+            total += level.quantizer.multiply_adds(h * w);
+            total += level.decoder.multiply_adds((h, w))?.0;
+            input = (h, w);
+        }
+        Ok(total)
+    }
+
+    /// Places every level's code vectors by `rounds` of k-means on a pool of
+    /// [`Output::z_e`], one tensor `[…,D]` per level. N starts as the sizes of the clusters: a pool of
+    /// one step's vectors weighs as much as one step in equilibrium.
+    pub fn initialize_codebooks(&self, z_e: &[Tensor], rounds: usize, seed: u64) -> Result<()> {
+        self.one_per_level(z_e.len(), "pools of vectors")?;
+        let mut pairs = self.levels.iter().zip(z_e);
+        pairs.try_for_each(|(level, z_e)| level.quantizer.initialize(z_e, rounds, seed))
+    }
+
+    /// Whether [`initialize_codebooks`](Self::initialize_codebooks) has run, in this run or one that
+    /// this model was loaded from.
+    pub fn codebooks_initialized(&self) -> Result<bool> {
+        for level in &self.levels {
+            if !level.quantizer.is_initialized()? {
+                return Ok(false);
+            }
+        }
+        Ok(true)
+    }
+
+    /// Moving averages and revival of dead codes, for the trainer to call after the optimizer's step.
+    ///
+    /// `z_e` (one `[…,D]` per level) and `codes` (`[…]`) are [`Output::z_e`] and [`Output::codes`] of all
+    /// that was quantized in the step; several batches or workers are concatenated first, so that each
+    /// step counts once and there is one set of revivals. The random choices depend on
+    /// [`CodebookUpdate::seed`] and `step` alone. One report per level, bottom first.
+    pub fn update_codebooks(
+        &self,
+        z_e: &[Tensor],
+        codes: &Codes,
+        options: &CodebookUpdate,
+        step: u64,
+    ) -> Result<Vec<CodebookReport>> {
+        self.one_per_level(z_e.len(), "vectors")?;
+        self.one_per_level(codes.levels.len(), "codes")?;
+        let levels = self.levels.iter().zip(z_e).zip(&codes.levels);
+        levels
+            .map(|((level, z_e), codes)| level.quantizer.update(z_e, codes, options, step))
+            .collect()
+    }
+
+    fn run(&self, images: &Tensor, tracked: bool) -> Result<Output> {
+        let levels = self.descend(images, tracked, |quantizer, z_e| {
+            let quantized = quantizer.quantize(z_e)?;
+            Ok((quantized.z_q.clone(), (quantized, z_e.detach())))
+        })?;
+        let mut maps = Vec::new();
+        let (mut codes, mut z_es) = (Vec::new(), Vec::new());
+        let mut losses: Option<(Tensor, Tensor)> = None;
+        for (map, (quantized, z_e)) in levels {
+            maps.push(map);
+            codes.push(quantized.codes);
+            z_es.push(z_e);
+            losses = Some(match losses {
+                None => (quantized.codebook_loss, quantized.commitment_loss),
+                Some((codebook, commitment)) => (
+                    (codebook + quantized.codebook_loss)?,
+                    (commitment + quantized.commitment_loss)?,
+                ),
+            });
+        }
+        let no_level = || Error::config("levels", "must hold at least one level");
+        let (codebook_loss, commitment_loss) = losses.ok_or_else(no_level)?;
+        Ok(Output {
+            reconstruction: self.decode_maps(&maps, tracked)?,
+            codes: Codes { levels: codes },
+            codebook_loss,
+            commitment_loss,
+            z_e: z_es,
+        })
+    }
+
+    /// Encodes up to the top, then quantizes from the top down (Razavi et al. 2019, algorithm 1):
+    /// images `[B,C,H,W]` to what `quantize` makes of every level's `z_e`, bottom first. Its first
+    /// result is the level's `z_q` `[B,h,w,D]`.
+    fn descend<T>(
+        &self,
+        images: &Tensor,
+        tracked: bool,
+        quantize: impl Fn(&dyn Quantizer, &Tensor) -> Result<(Tensor, T)>,
+    ) -> Result<Vec<(Tensor, T)>> {
+        let mut features = Vec::new();
+        let mut x = self.check_images(images)?.permute((0, 2, 3, 1))?.contiguous()?;
+        for level in &self.levels {
+            x = level.encoder.forward(&x, tracked)?;
+            features.push(x.clone());
+        }
+        // Top first until the end.
+        let mut results: Vec<(Tensor, T)> = Vec::new();
+        // The levels' maps from the current one up, at its resolution, side by side.
+        let mut maps: Option<Tensor> = None;
+        for (index, (level, features)) in self.levels.iter().zip(features).enumerate().rev() {
+            let above = self.levels.get(index + 1).zip(maps.as_ref());
+            let z_e = match (&level.projection, above) {
+                (Some(projection), Some((above, maps))) => {
+                    let decoded = above.decoder.forward(maps, tracked)?;
+                    let both = Tensor::cat(&[&features, &decoded], D::Minus1)?;
+                    projection.forward(&both, tracked)?
+                }
+                _ => features,
+            };
+            let result = quantize(level.quantizer.as_ref(), &z_e).map_err(|error| {
+                if is_finite(&z_e) { error } else { Error::Diverged { level: index } }
+            })?;
+            maps = Some(self.stack_maps(index, &result.0, maps.as_ref())?);
+            results.push(result);
+        }
+        results.reverse();
+        Ok(results)
+    }
+
+    /// The levels' `z_q` `[B,h,w,D]`, bottom first, to images `[B,C,H,W]`.
+    fn decode_maps(&self, maps: &[Tensor], tracked: bool) -> Result<Tensor> {
+        let mut stacked = None;
+        for (index, map) in maps.iter().enumerate().rev() {
+            stacked = Some(self.stack_maps(index, map, stacked.as_ref())?);
+        }
+        match (self.levels.first(), stacked) {
+            (Some(bottom), Some(maps)) => {
+                let images = bottom.decoder.forward(&maps, tracked)?;
+                Ok(images.permute((0, 3, 1, 2))?.contiguous()?)
+            }
+            _ => Err(Error::config("levels", "must hold at least one level")),
+        }
+    }
+
+    /// This level's map `[B,h,w,D]` beside those of all higher levels, repeated up to `h`×`w`.
+    fn stack_maps(&self, index: usize, map: &Tensor, above: Option<&Tensor>) -> Result<Tensor> {
+        match (self.config.levels.get(index + 1), above) {
+            (Some(level), Some(above)) => {
+                Ok(Tensor::cat(&[map, &repeat(above, level.downsample)?], D::Minus1)?)
+            }
+            _ => Ok(map.clone()),
+        }
+    }
+
+    fn check_images(&self, images: &Tensor) -> Result<Tensor> {
+        let channels = self.config.channels;
+        let (b, height, width) = match (images.dtype(), images.dims()) {
+            (DType::F32, &[b, c, h, w]) if c == channels && b > 0 => (b, h, w),
+            (dtype, dims) => {
+                return Err(Error::Input(format!(
+                    "images must be f32 [B, {channels}, H, W], got {dtype:?} {dims:?}"
+                )));
+            }
+        };
+        self.config.grids(height, width)?;
+        if !is_finite(images) {
+            return Err(Error::Input(format!(
+                "images hold NaN or infinity (batch of {b}, {height}×{width}); check how they were read and \
+                 normalised"
+            )));
+        }
+        Ok(images.to_device(&self.device)?)
+    }
+
+    fn one_per_level(&self, count: usize, what: &str) -> Result<()> {
+        match self.levels.len() {
+            levels if levels == count => Ok(()),
+            levels => Err(Error::Input(format!(
+                "the model has {levels} level(s), got {what} for {count}"
+            ))),
+        }
+    }
+}
+
+impl Level {
+    fn new(config: &Config, index: usize, builder: &mut Builder) -> Result<Self> {
+        let missing = || Error::config("levels", format!("has no level {index}"));
+        let level = config.levels.get(index).ok_or_else(missing)?;
+        let below = index.checked_sub(1).and_then(|below| config.levels.get(below));
+        let channels_below = below.map_or(config.channels, |below| below.hidden);
+        let name = |part: &str| format!("levels.{index}.{part}");
+        let dim = level.quantizer.dim;
+
+        let (above_channels, above_dims) = match config.levels.get(index + 1) {
+            // A level's decoder gives features like those of the level below.
+            Some(_) => (level.hidden, above_dims(config, index)),
+            None => (0, 0),
+        };
+        let is_top = above_channels == 0;
+        let mut segments: Vec<NamedLayers> = vec![architecture::downsampling(
+            &name("encoder"),
+            level,
+            channels_below,
+            /* relu_input */ index > 0,
+        )];
+        let mut residual = architecture::residual_blocks(&name("encoder"), level);
+        let projection =
+            architecture::projection(&name("projection"), level.hidden + above_channels, dim);
+        let projection = if is_top {
+            residual.extend(projection);
+            None
+        } else {
+            Some(Part::new(vec![projection], builder)?)
+        };
+        if !residual.is_empty() {
+            segments.push(residual);
+        }
+        let decoder =
+            architecture::decoder(&name("decoder"), level, dim + above_dims, channels_below);
+        Ok(Self {
+            encoder: Part::new(segments, builder)?,
+            projection,
+            quantizer: Box::new(VectorQuantizer::new(
+                &name("quantizer"),
+                &level.quantizer,
+                builder,
+            )?),
+            decoder: Part::new(vec![decoder], builder)?,
+        })
+    }
+}
+
+/// Σ D of the levels above `index`.
+fn above_dims(config: &Config, index: usize) -> usize {
+    config.levels.iter().skip(index + 1).map(|level| level.quantizer.dim).sum()
+}
+
+/// Nearest-neighbour upsampling `[B,h,w,C]` to `[B,h·n,w·n,C]`. Not candle's `upsample_nearest2d`, which is
+/// channels-first and whose gradient overwrites what other uses of the input have sent
+/// (candle 0.11.1, `backprop.rs`).
+fn repeat(x: &Tensor, n: usize) -> Result<Tensor> {
+    let (b, h, w, c) = x.dims4()?;
+    let blocks = x.reshape((b, h, 1, w, 1, c))?.broadcast_as((b, h, n, w, n, c))?;
+    Ok(blocks.contiguous()?.reshape((b, h * n, w * n, c))?)
+}
+
+/// False where there is a NaN or an infinity, or where that cannot be found out.
+fn is_finite(x: &Tensor) -> bool {
+    // 0·x is 0 for finite x and NaN otherwise.
+    let sum = x.detach().affine(0.0, 0.0).and_then(|zeros| zeros.sum_all()?.to_scalar::<f32>());
+    sum.is_ok_and(|sum| sum == 0.0)
+}

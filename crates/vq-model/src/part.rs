@@ -1,0 +1,124 @@
+//! A named chain of layers with its parameters, and how parameters start.
+
+use std::collections::BTreeMap;
+
+use candle_core::{Device, Tensor, Var};
+use vq_ops::{Layer, Stack};
+
+use crate::random::Stream;
+use crate::{Error, Result};
+
+/// Layers with a name each.
+pub(crate) type NamedLayers = Vec<(String, Layer)>;
+
+/// A chain of layers with its parameters.
+#[derive(Debug)]
+pub(crate) struct Part {
+    /// Run one after the other, with a `ReLU` between each two.
+    segments: Vec<(Stack, Vec<Var>)>,
+}
+
+impl Part {
+    /// One chain per segment, with a `ReLU` between each two: a `ReLU` that does not lead into a
+    /// convolution alone (a residual block's skip path also takes it) has no place in a [`Stack`].
+    pub(crate) fn new(segments: Vec<NamedLayers>, builder: &mut Builder) -> Result<Self> {
+        let segments = segments.into_iter().map(|layers| {
+            let mut params = Vec::new();
+            for (name, layer) in &layers {
+                let fan_ins = fan_ins(layer);
+                for ((parameter, shape), fan_in) in layer.parameters().into_iter().zip(fan_ins) {
+                    let bound = 1.0 / (fan_in as f64).sqrt();
+                    params.push(builder.parameter(
+                        &format!("{name}.{parameter}"),
+                        &shape,
+                        bound,
+                    )?);
+                }
+            }
+            let stack = Stack::new(layers.into_iter().map(|(_, layer)| layer).collect())?;
+            Ok((stack, params))
+        });
+        Ok(Self { segments: segments.collect::<Result<_>>()? })
+    }
+
+    /// `[B,h,w,C]` to `[B,h',w',C']`. Differentiable where `tracked`; otherwise no graph is recorded
+    /// and no activation kept.
+    pub(crate) fn forward(&self, x: &Tensor, tracked: bool) -> Result<Tensor> {
+        let mut x = x.clone();
+        for (index, (stack, params)) in self.segments.iter().enumerate() {
+            if index > 0 {
+                x = x.relu()?;
+            }
+            let tensor = |var: &Var| {
+                if tracked { var.as_tensor().clone() } else { var.as_detached_tensor() }
+            };
+            let params: Vec<Tensor> = params.iter().map(tensor).collect();
+            x = stack.forward(&x, &params)?;
+        }
+        Ok(x)
+    }
+
+    /// Multiply-adds for one image, and the size that comes out.
+    pub(crate) fn multiply_adds(&self, size: (usize, usize)) -> Result<(u64, (usize, usize))> {
+        let (mut total, mut size) = (0, size);
+        for (stack, _) in &self.segments {
+            total += stack.multiply_adds(size.0, size.1)?;
+            size = stack.output_size(size.0, size.1)?;
+        }
+        Ok((total, size))
+    }
+}
+
+/// Makes a model's tensors. What a parameter starts as depends on the seed and its own name alone,
+/// not on which others were made before it.
+pub(crate) struct Builder {
+    seed: u64,
+    device: Device,
+    pub(crate) parameters: BTreeMap<String, Var>,
+    pub(crate) buffers: BTreeMap<String, Var>,
+}
+
+impl Builder {
+    pub(crate) fn new(seed: u64, device: &Device) -> Self {
+        let (parameters, buffers) = (BTreeMap::new(), BTreeMap::new());
+        Self { seed, device: device.clone(), parameters, buffers }
+    }
+
+    /// A parameter that starts uniform in ±`bound`.
+    pub(crate) fn parameter(&mut self, name: &str, shape: &[usize], bound: f64) -> Result<Var> {
+        let values = self.uniform(name, shape, bound);
+        insert(&mut self.parameters, name, Var::from_vec(values, shape, &self.device)?)
+    }
+
+    /// Saved with the model, but not trained by gradients.
+    pub(crate) fn buffer(&mut self, name: &str, shape: &[usize], values: Vec<f32>) -> Result<Var> {
+        insert(&mut self.buffers, name, Var::from_vec(values, shape, &self.device)?)
+    }
+
+    /// What [`Builder::parameter`] of that name starts as.
+    pub(crate) fn uniform(&self, name: &str, shape: &[usize], bound: f64) -> Vec<f32> {
+        Stream::new(self.seed, name, 0).uniform(shape.iter().product(), bound)
+    }
+}
+
+fn insert(map: &mut BTreeMap<String, Var>, name: &str, var: Var) -> Result<Var> {
+    match map.insert(name.to_owned(), var.clone()) {
+        None => Ok(var),
+        Some(_) => Err(Error::Input(format!("two tensors are called `{name}`"))),
+    }
+}
+
+/// The fan-in of each of the layer's parameters. PyTorch's default initialisation of a convolution
+/// is U(±1/√fan-in) for weight and bias alike (`kaiming_uniform_` with a = √5).
+fn fan_ins(layer: &Layer) -> Vec<usize> {
+    match *layer {
+        Layer::Conv2d { in_channels, kernel, .. } => vec![in_channels * kernel * kernel; 2],
+        // PyTorch reckons the fan-in from the weight's second dimension, here the output channels.
+        Layer::ConvTranspose2d { out_channels, kernel, .. } => {
+            vec![out_channels * kernel * kernel; 2]
+        }
+        Layer::Residual { channels, hidden } => {
+            vec![channels * 9, channels * 9, hidden, hidden]
+        }
+    }
+}
