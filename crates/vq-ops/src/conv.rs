@@ -1,8 +1,13 @@
 //! Convolutions on `[B, H, W, C]` tensors.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
 use crate::composed;
+use crate::cpu::buffers::Buffers;
+use crate::cpu::conv::{Finish, Geometry, large_to_small, small_to_large};
+use crate::cpu::pack::Images;
+use crate::cpu::weight_gradient::{column_sums, weight_gradient};
+use crate::storage::{f32_elements, f32_slice};
 
 /// How a kernel moves over its input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,25 +95,244 @@ impl ConvTranspose2d {
 /// Convolution. `x` `[B, H, W, Cin]`, `weight` `[Cout, Cin, KH, KW]`, `bias` `[Cout]` →
 /// `[B, H', W', Cout]`, with H', W' by [`Conv2d::output_length`].
 ///
-/// Differentiable in all three operands. An error names the shapes that do not fit.
+/// Differentiable in all three operands; a gradient that nobody asks for is not computed. An error
+/// names the shapes that do not fit.
 pub fn conv2d(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
     config: Conv2d,
 ) -> Result<Tensor> {
-    composed::conv2d(x, weight, bias, config)
+    let geometry = config.geometry(x.dims(), weight.dims())?;
+    let op = ConvOp {
+        geometry,
+        transposed: false,
+        relu: config.relu_input,
+        buffers: Buffers::default(),
+    };
+    check_bias(bias, geometry.small.channels)?;
+    if !x.device().is_cpu() {
+        return composed::conv2d(x, weight, bias, config);
+    }
+    op.apply(x, weight, bias)
 }
 
 /// Transposed convolution. `x` `[B, H, W, Cin]`, `weight` `[Cin, Cout, KH, KW]`, `bias` `[Cout]` →
 /// `[B, H', W', Cout]`, with H', W' by [`ConvTranspose2d::output_length`].
 ///
-/// Differentiable in all three operands. An error names the shapes that do not fit.
+/// Differentiable in all three operands; a gradient that nobody asks for is not computed. An error
+/// names the shapes that do not fit.
 pub fn conv_transpose2d(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
     config: ConvTranspose2d,
 ) -> Result<Tensor> {
-    composed::conv_transpose2d(x, weight, bias, config)
+    let geometry = config.geometry(x.dims(), weight.dims())?;
+    let op =
+        ConvOp { geometry, transposed: true, relu: config.relu_input, buffers: Buffers::default() };
+    check_bias(bias, geometry.large.channels)?;
+    if !x.device().is_cpu() {
+        return composed::conv_transpose2d(x, weight, bias, config);
+    }
+    op.apply(x, weight, bias)
+}
+
+impl Conv2d {
+    /// The kernels' view of this convolution of `x` `[B, H, W, Cin]` with `[Cout, Cin, KH, KW]`.
+    pub(crate) fn geometry(&self, x: &[usize], weight: &[usize]) -> Result<Geometry> {
+        let (&[batch, height, width, channels], &[outer, inner, kh, kw]) = (x, weight) else {
+            bail!("conv2d takes [B, H, W, C] and [Cout, Cin, KH, KW], got {x:?} and {weight:?}");
+        };
+        if channels != inner {
+            bail!(
+                "the input has {channels} channels {x:?} and the weight takes {inner} {weight:?}"
+            );
+        }
+        let large = Images { batch, height, width, channels };
+        let small = Images {
+            batch,
+            height: self.output_length(height, kh)?,
+            width: self.output_length(width, kw)?,
+            channels: outer,
+        };
+        let Self { stride, padding, dilation, .. } = *self;
+        Ok(Geometry { large, small, kernel: (kh, kw), stride, padding, dilation })
+    }
+}
+
+impl ConvTranspose2d {
+    /// The kernels' view of this transposed convolution of `x` `[B, h, w, Cin]` with
+    /// `[Cin, Cout, KH, KW]`.
+    pub(crate) fn geometry(&self, x: &[usize], weight: &[usize]) -> Result<Geometry> {
+        let (&[batch, height, width, channels], &[outer, inner, kh, kw]) = (x, weight) else {
+            bail!(
+                "conv_transpose2d takes [B, H, W, C] and [Cin, Cout, KH, KW], got {x:?} and {weight:?}"
+            );
+        };
+        if channels != outer {
+            bail!(
+                "the input has {channels} channels {x:?} and the weight takes {outer} {weight:?}"
+            );
+        }
+        let small = Images { batch, height, width, channels };
+        let large = Images {
+            batch,
+            height: self.output_length(height, kh)?,
+            width: self.output_length(width, kw)?,
+            channels: inner,
+        };
+        let Self { stride, padding, dilation, .. } = *self;
+        Ok(Geometry { large, small, kernel: (kh, kw), stride, padding, dilation })
+    }
+}
+
+fn check_bias(bias: Option<&Tensor>, channels: usize) -> Result<()> {
+    match bias {
+        Some(bias) if bias.dims() != [channels] => {
+            bail!("the bias has shape {:?}, not [{channels}]", bias.dims())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// A convolution (or its transpose) on the CPU, with or without bias.
+struct ConvOp {
+    geometry: Geometry,
+    transposed: bool,
+    relu: bool,
+    buffers: Buffers,
+}
+
+impl ConvOp {
+    fn apply(self, x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+        let (x, weight) = (x.contiguous()?, weight.contiguous()?);
+        match bias {
+            Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, self),
+            None => x.apply_op2(&weight, self),
+        }
+    }
+
+    /// (input, output) sizes.
+    fn ends(&self) -> (Images, Images) {
+        let Geometry { large, small, .. } = self.geometry;
+        if self.transposed { (small, large) } else { (large, small) }
+    }
+
+    fn forward(&self, x: &[f32], weight: &[f32], bias: Option<&[f32]>) -> (CpuStorage, Shape) {
+        let out = self.ends().1;
+        let mut y = vec![0.; out.len()];
+        let finish = Finish { bias, ..Finish::default() };
+        let run = if self.transposed { small_to_large } else { large_to_small };
+        run(&self.geometry, x, self.relu, weight, finish, &mut y);
+        (CpuStorage::F32(y), (out.batch, out.height, out.width, out.channels).into())
+    }
+
+    /// The gradients of input, weight and bias, where they are asked for.
+    fn backward(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+        grad: &Tensor,
+    ) -> Result<[Option<Tensor>; 3]> {
+        let grad = grad.contiguous()?;
+        let (_, out) = self.ends();
+        let of_x = if x.track_op() {
+            let run = if self.transposed { large_to_small } else { small_to_large };
+            let mut dx = vec![0.; x.elem_count()];
+            f32_slice(x, |x| {
+                f32_slice(weight, |weight| {
+                    f32_slice(&grad, |grad| {
+                        let finish = Finish { mask: self.relu.then_some(x), ..Finish::default() };
+                        run(&self.geometry, grad, false, weight, finish, &mut dx);
+                    })
+                })
+            })???;
+            Some(Tensor::from_vec(dx, x.shape(), x.device())?)
+        } else {
+            None
+        };
+        let of_weight = if weight.track_op() {
+            let mut dw = vec![0.; weight.elem_count()];
+            f32_slice(x, |x| {
+                f32_slice(&grad, |grad| {
+                    let (x, grad) = ((x, self.relu), (grad, false));
+                    let (large, small) = if self.transposed { (grad, x) } else { (x, grad) };
+                    weight_gradient(&self.geometry, large, small, &self.buffers, &mut dw);
+                })
+            })??;
+            Some(Tensor::from_vec(dw, weight.shape(), x.device())?)
+        } else {
+            None
+        };
+        let of_bias = match bias {
+            Some(bias) if bias.track_op() => {
+                let mut db = vec![0.; out.channels];
+                f32_slice(&grad, |grad| column_sums(grad, out.channels, &mut db))?;
+                Some(Tensor::from_vec(db, out.channels, x.device())?)
+            }
+            _ => None,
+        };
+        Ok([of_x, of_weight, of_bias])
+    }
+}
+
+impl CustomOp2 for ConvOp {
+    fn name(&self) -> &'static str {
+        "vq-conv2d"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, weight) = (f32_elements(x, x_layout)?, f32_elements(weight, weight_layout)?);
+        Ok(self.forward(x, weight, None))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let [x, weight, _] = self.backward(x, weight, None, grad)?;
+        Ok((x, weight))
+    }
+}
+
+impl CustomOp3 for ConvOp {
+    fn name(&self) -> &'static str {
+        "vq-conv2d-bias"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        weight: &CpuStorage,
+        weight_layout: &Layout,
+        bias: &CpuStorage,
+        bias_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, weight) = (f32_elements(x, x_layout)?, f32_elements(weight, weight_layout)?);
+        Ok(self.forward(x, weight, Some(f32_elements(bias, bias_layout)?)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let [x, weight, bias] = self.backward(x, weight, Some(bias), grad)?;
+        Ok((x, weight, bias))
+    }
 }

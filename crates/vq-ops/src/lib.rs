@@ -8,9 +8,11 @@
 
 pub mod composed;
 mod conv;
+mod cpu;
 mod nearest;
 mod optimizer;
 mod stack;
+mod storage;
 
 pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
 pub use nearest::{code_statistics, nearest_codes};

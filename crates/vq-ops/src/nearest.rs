@@ -1,38 +1,69 @@
 //! Nearest-code search and the statistics of an assignment.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{DType, Device, Result, Tensor, bail};
 
 use crate::composed;
+use crate::cpu::nearest::{self as kernel, NotFinite};
+use crate::storage::f32_slice;
 
 /// The code nearest to each vector: `z` `[N, D]` and `codebook` `[K, D]`, f32 → `[N]` u32.
 ///
 /// `argmin_k ‖z − e_k‖²` (van den Oord et al. 2017, eq. 1–2). The answer is that of exact
 /// distances; among ties the lowest index wins. It depends neither on the other rows nor on the
-/// number of threads. Not differentiable. A value that is not finite is an error.
+/// number of threads, and the search never holds an `N × K` matrix. Not differentiable. A value
+/// that is not finite is an error.
 pub fn nearest_codes(z: &Tensor, codebook: &Tensor) -> Result<Tensor> {
-    let (_, dim) = z.dims2()?;
+    let (count, dim) = z.dims2()?;
     let (codebook_size, codebook_dim) = codebook.dims2()?;
-    if dim != codebook_dim || codebook_size == 0 {
+    if dim != codebook_dim || codebook_size == 0 || dim == 0 {
         bail!("vectors {:?} do not fit a codebook {:?}", z.shape(), codebook.shape());
     }
     if z.dtype() != DType::F32 || codebook.dtype() != DType::F32 {
         bail!("nearest_codes needs f32, got {:?} and {:?}", z.dtype(), codebook.dtype());
     }
-    for (name, tensor) in [("a vector", z), ("the codebook", codebook)] {
-        let sum: f32 = (tensor.detach() * 0f64)?.sum_all()?.to_scalar()?;
-        if sum != 0. {
-            bail!("{name} holds a value that is not finite");
+    if !z.device().is_cpu() {
+        for (name, tensor) in [("a vector", z), ("the codebook", codebook)] {
+            let sum: f32 = (tensor.detach() * 0f64)?.sum_all()?.to_scalar()?;
+            if sum != 0. {
+                bail!("{name} holds a value that is not finite");
+            }
+        }
+        return composed::nearest_codes(&z.detach(), &codebook.detach());
+    }
+    let (z, codebook) = (z.contiguous()?, codebook.contiguous()?);
+    let codes = f32_slice(&z, |z| f32_slice(&codebook, |e| kernel::nearest(z, e, dim)))??;
+    match codes {
+        Ok(codes) => Tensor::from_vec(codes, count, &Device::Cpu),
+        Err(NotFinite::Vector(row)) => bail!("vector {row} holds a value that is not finite"),
+        Err(NotFinite::Code(code)) => {
+            bail!("code {code} of the codebook holds a value that is not finite")
         }
     }
-    composed::nearest_codes(&z.detach(), &codebook.detach())
 }
 
 /// How often each code was chosen and the sum of the vectors that chose it: `z` `[N, D]`, `codes`
-/// `[N]` → (counts `[K]`, sums `[K, D]`), f32. The order of summation is fixed.
+/// `[N]` → (counts `[K]`, sums `[K, D]`), f32. The order of summation is fixed. A code that is not
+/// below `codebook_size` is an error.
 pub fn code_statistics(
     z: &Tensor,
     codes: &Tensor,
     codebook_size: usize,
 ) -> Result<(Tensor, Tensor)> {
-    composed::code_statistics(&z.detach(), codes, codebook_size)
+    let (count, dim) = z.dims2()?;
+    if codes.dims1()? != count {
+        bail!("{count} vectors, but {} codes", codes.elem_count());
+    }
+    if !z.device().is_cpu() {
+        return composed::code_statistics(&z.detach(), codes, codebook_size);
+    }
+    let z = z.contiguous()?;
+    let codes: Vec<u32> = codes.to_vec1()?;
+    if let Some(code) = codes.iter().find(|code| **code as usize >= codebook_size) {
+        bail!("code {code} is not below the codebook's size, {codebook_size}");
+    }
+    let (counts, sums) = f32_slice(&z, |z| kernel::statistics(z, &codes, dim, codebook_size))?;
+    Ok((
+        Tensor::from_vec(counts, codebook_size, &Device::Cpu)?,
+        Tensor::from_vec(sums, (codebook_size, dim), &Device::Cpu)?,
+    ))
 }

@@ -1,6 +1,9 @@
 //! The optimizer's step.
 
-use candle_core::{CpuStorage, DType, InplaceOp2, Layout, Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
+
+use crate::cpu::adamw as kernel;
+use crate::storage::{f32_slice, with_f32_mut};
 
 /// The numbers of one AdamW step (Loshchilov & Hutter 2019, algorithm 2, with PyTorch's
 /// conventions).
@@ -50,62 +53,67 @@ pub fn adamw_step(
             );
         }
     }
-    let grad = grad.contiguous()?;
-    let (beta1, beta2) = (step.beta1 as f32, step.beta2 as f32);
-    let scale = step.grad_scale as f32;
-    first_moment.inplace_op2(&grad, &Zip(|m: f32, g: f32| m + (1. - beta1) * (g * scale - m)))?;
-    second_moment.inplace_op2(
-        &grad,
-        &Zip(|v: f32, g: f32| beta2 * v + (1. - beta2) * (g * scale) * (g * scale)),
-    )?;
-    let correction1 = 1. - step.beta1.powf(step.step as f64);
-    let correction2 = 1. - step.beta2.powf(step.step as f64);
-    let rate = (step.lr / correction1) as f32;
-    let root = (1. / correction2.sqrt()) as f32;
-    let keep = (1. - step.lr * step.weight_decay) as f32;
-    let eps = step.eps as f32;
-    // The second moment's share first, so that two operands do for an in-place op.
-    let denominator = second_moment.sqrt()?.affine(f64::from(root), f64::from(eps))?;
-    let update = (first_moment / denominator)?;
-    param.inplace_op2(&update, &Zip(|p: f32, u: f32| p * keep - rate * u))?;
-    if let (Some(ema), Some(decay)) = (ema, step.ema_decay) {
-        let decay = decay as f32;
-        ema.inplace_op2(&param.detach(), &Zip(|e: f32, p: f32| e + (1. - decay) * (p - e)))?;
+    let grad = grad.detach().contiguous()?;
+    if !param.device().is_cpu() {
+        return composed(param, &grad, first_moment, second_moment, ema, step);
     }
-    Ok(())
+    let mut addresses: Vec<usize> = Vec::new();
+    for tensor in [Some(param), Some(&grad), Some(first_moment), Some(second_moment), ema] {
+        let Some(tensor) = tensor else { continue };
+        let address = f32_slice(tensor, |values| values.as_ptr().addr())?;
+        if param.elem_count() > 0 && addresses.contains(&address) {
+            bail!("adamw_step was given one tensor in two places");
+        }
+        addresses.push(address);
+    }
+    f32_slice(&grad, |grad| {
+        with_f32_mut(param, |param| {
+            with_f32_mut(first_moment, |first| {
+                with_f32_mut(second_moment, |second| match ema {
+                    Some(ema) => with_f32_mut(ema, |ema| {
+                        kernel::adamw(param, grad, first, second, Some(ema), step);
+                    }),
+                    None => {
+                        kernel::adamw(param, grad, first, second, None, step);
+                        Ok(())
+                    }
+                })
+            })
+        })
+    })????
 }
 
 /// Sum of the squares of all elements, in f64 and in a fixed order.
 pub fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
-    let values = tensor.detach().flatten_all()?.to_dtype(DType::F32)?.to_vec1::<f32>()?;
-    Ok(values.iter().map(|v| f64::from(*v) * f64::from(*v)).sum())
+    let tensor = tensor.detach().contiguous()?;
+    if tensor.device().is_cpu() {
+        return f32_slice(&tensor, kernel::sum_of_squares);
+    }
+    tensor.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar()
 }
 
-struct Zip<F>(F);
-
-impl<F: Fn(f32, f32) -> f32> InplaceOp2 for Zip<F> {
-    fn name(&self) -> &'static str {
-        "zip"
+/// The step in candle's own operations.
+fn composed(
+    param: &Tensor,
+    grad: &Tensor,
+    first_moment: &Tensor,
+    second_moment: &Tensor,
+    ema: Option<&Tensor>,
+    step: &AdamWStep,
+) -> Result<()> {
+    let grad = (grad * step.grad_scale)?;
+    let first = ((first_moment * step.beta1)? + (&grad * (1. - step.beta1))?)?;
+    let second = ((second_moment * step.beta2)? + (grad.sqr()? * (1. - step.beta2))?)?;
+    let correction1 = 1. - step.beta1.powf(step.step as f64);
+    let correction2 = 1. - step.beta2.powf(step.step as f64);
+    let denominator = second.sqrt()?.affine(1. / correction2.sqrt(), step.eps)?;
+    let update = (first.div(&denominator)? * (step.lr / correction1))?;
+    let updated = ((param.detach() * (1. - step.lr * step.weight_decay))? - update)?;
+    if let (Some(ema), Some(decay)) = (ema, step.ema_decay) {
+        let average = ((ema * decay)? + (&updated * (1. - decay))?)?;
+        ema.slice_set(&average.reshape(ema.shape())?, 0, 0)?;
     }
-
-    fn cpu_fwd(
-        &self,
-        left: &mut CpuStorage,
-        left_layout: &Layout,
-        right: &CpuStorage,
-        right_layout: &Layout,
-    ) -> Result<()> {
-        let (Some((l0, l1)), Some((r0, r1))) =
-            (left_layout.contiguous_offsets(), right_layout.contiguous_offsets())
-        else {
-            bail!("adamw_step needs contiguous tensors");
-        };
-        let (CpuStorage::F32(left), CpuStorage::F32(right)) = (left, right) else {
-            bail!("adamw_step needs f32 tensors");
-        };
-        for (l, r) in left[l0..l1].iter_mut().zip(&right[r0..r1]) {
-            *l = (self.0)(*l, *r);
-        }
-        Ok(())
-    }
+    first_moment.slice_set(&first, 0, 0)?;
+    second_moment.slice_set(&second, 0, 0)?;
+    param.slice_set(&updated, 0, 0)
 }

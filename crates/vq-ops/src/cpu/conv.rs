@@ -1,0 +1,341 @@
+//! Convolution and transposed convolution, forward and with respect to the input, as implicit
+//! matrix products: each is a *patch* convolution over one or several phases of the output.
+
+use std::cell::RefCell;
+
+use rayon::prelude::*;
+
+use super::SharedMut;
+use super::pack::{DepthAxis, Images, Patches, Place, Tap, weight_panels};
+use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
+
+/// Rows of patches that a task gathers and multiplies at a time.
+const BLOCK: usize = 112;
+/// Up to that many output channels, a transposed convolution multiplies first and adds the
+/// overlapping results afterwards: a register of columns would be nearly empty otherwise.
+const FEW_CHANNELS: usize = 8;
+
+/// The geometry of a convolution `large → small` (and of its transpose `small → large`), with the
+/// weight `[outer, inner, KH, KW]`, `outer` the channels of `small`, `inner` those of `large`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Geometry {
+    pub large: Images,
+    pub small: Images,
+    pub kernel: (usize, usize),
+    pub stride: usize,
+    pub padding: usize,
+    pub dilation: usize,
+}
+
+impl Geometry {
+    pub(crate) fn weight_len(&self) -> usize {
+        self.small.channels * self.large.channels * self.kernel.0 * self.kernel.1
+    }
+
+    fn weight_shape(&self) -> (usize, usize, usize) {
+        (self.small.channels, self.large.channels, self.kernel.0 * self.kernel.1)
+    }
+
+    /// The patches of `large` under each pixel of `small`.
+    pub(crate) fn patches(&self, relu: bool) -> Patches {
+        let taps = self.kernel_taps().map(|(ky, kx)| Tap {
+            dy: (ky * self.dilation) as isize - self.padding as isize,
+            dx: (kx * self.dilation) as isize - self.padding as isize,
+            index: ky * self.kernel.1 + kx,
+        });
+        let grid = (self.small.height, self.small.width);
+        Patches::new(self.large, grid, self.stride, taps.collect(), relu)
+    }
+
+    /// The patches of `small` that the pixels `(q·stride + phase)` of `large` sum over.
+    fn phase_patches(&self, phase: (usize, usize), relu: bool) -> Patches {
+        let stride = self.stride as isize;
+        let reach =
+            |phase: usize, k: usize| (phase + self.padding) as isize - (k * self.dilation) as isize;
+        let taps = self.kernel_taps().filter_map(|(ky, kx)| {
+            let (dy, dx) = (reach(phase.0, ky), reach(phase.1, kx));
+            (dy % stride == 0 && dx % stride == 0).then_some(Tap {
+                dy: dy / stride,
+                dx: dx / stride,
+                index: ky * self.kernel.1 + kx,
+            })
+        });
+        let count = |length: usize, phase: usize| (length - phase).div_ceil(self.stride);
+        let grid = (count(self.large.height, phase.0), count(self.large.width, phase.1));
+        Patches::new(self.small, grid, /* step */ 1, taps.collect(), relu)
+    }
+
+    fn kernel_taps(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let (height, width) = self.kernel;
+        (0..height).flat_map(move |ky| (0..width).map(move |kx| (ky, kx)))
+    }
+}
+
+/// What happens to a sum before it is stored: bias, then mask, then residual.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Finish<'a> {
+    /// One value per output channel.
+    pub bias: Option<&'a [f32]>,
+    /// As the output: where it is not above zero, the sum becomes zero (ReLU's gradient).
+    pub mask: Option<&'a [f32]>,
+    /// As the output: added last.
+    pub residual: Option<&'a [f32]>,
+}
+
+/// `large` `[B, H, W, inner]` → `small` `[B, h, w, outer]`: a convolution forward, and a transposed
+/// convolution's gradient with respect to its input.
+pub(crate) fn large_to_small(
+    geometry: &Geometry,
+    large: &[f32],
+    relu: bool,
+    weight: &[f32],
+    finish: Finish<'_>,
+    small: &mut [f32],
+) {
+    let patches = geometry.patches(relu);
+    let target = Target { images: geometry.small, scale: 1, phase: (0, 0) };
+    multiply(
+        &patches,
+        large,
+        weight,
+        geometry.weight_shape(),
+        DepthAxis::Inner,
+        finish,
+        target,
+        small,
+    );
+}
+
+/// `small` `[B, h, w, outer]` → `large` `[B, H, W, inner]`: a transposed convolution forward, and a
+/// convolution's gradient with respect to its input.
+pub(crate) fn small_to_large(
+    geometry: &Geometry,
+    small: &[f32],
+    relu: bool,
+    weight: &[f32],
+    finish: Finish<'_>,
+    large: &mut [f32],
+) {
+    if geometry.large.channels <= FEW_CHANNELS {
+        return scatter(geometry, small, relu, weight, finish, large);
+    }
+    for phase_y in 0..geometry.stride.min(geometry.large.height) {
+        for phase_x in 0..geometry.stride.min(geometry.large.width) {
+            let phase = (phase_y, phase_x);
+            let patches = geometry.phase_patches(phase, relu);
+            let target = Target { images: geometry.large, scale: geometry.stride, phase };
+            multiply(
+                &patches,
+                small,
+                weight,
+                geometry.weight_shape(),
+                DepthAxis::Outer,
+                finish,
+                target,
+                large,
+            );
+        }
+    }
+}
+
+/// Where the result of patch `(y, x)` goes: pixel `(y·scale + phase.0, x·scale + phase.1)`.
+#[derive(Clone, Copy)]
+struct Target {
+    images: Images,
+    scale: usize,
+    phase: (usize, usize),
+}
+
+impl Target {
+    /// The first element of that pixel.
+    fn offset(&self, place: Place) -> usize {
+        let y = place.y * self.scale + self.phase.0;
+        let x = place.x * self.scale + self.phase.1;
+        ((place.image * self.images.height + y) * self.images.width + x) * self.images.channels
+    }
+}
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+    static PANELS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Runs `work` on this thread's scratch buffer of that name, grown to `length`. Nested calls (a
+/// thread that steals work while it waits) get a buffer of their own.
+pub(super) fn with_scratch<R>(length: usize, work: impl FnOnce(&mut [f32]) -> R) -> R {
+    let mut buffer = SCRATCH.take();
+    if buffer.len() < length {
+        buffer.resize(length, 0.);
+    }
+    let result = work(&mut buffer[..length]);
+    SCRATCH.set(buffer);
+    result
+}
+
+#[allow(clippy::too_many_arguments)]
+fn multiply(
+    patches: &Patches,
+    x: &[f32],
+    weight: &[f32],
+    weight_shape: (usize, usize, usize),
+    axis: DepthAxis,
+    finish: Finish<'_>,
+    target: Target,
+    out: &mut [f32],
+) {
+    let kernels = kernels();
+    let mut panels = PANELS.take();
+    weight_panels(weight, weight_shape, axis, &patches.taps, kernels.panel, &mut panels);
+    let rows = patches.rows();
+    let product = Product { kernels, patches, x, panels: &panels, finish, target };
+    let out = SharedMut::new(out);
+    (0..rows.div_ceil(BLOCK)).into_par_iter().for_each(|block| {
+        let first = block * BLOCK;
+        product.block(first..(first + BLOCK).min(rows), out);
+    });
+    PANELS.set(panels);
+}
+
+struct Product<'a> {
+    kernels: &'a Kernels,
+    patches: &'a Patches,
+    x: &'a [f32],
+    panels: &'a [f32],
+    finish: Finish<'a>,
+    target: Target,
+}
+
+impl Product<'_> {
+    /// All columns of a block of rows.
+    fn block(&self, rows: std::ops::Range<usize>, out: SharedMut) {
+        let depth = self.patches.depth();
+        let columns = self.target.images.channels;
+        let panel = self.kernels.panel;
+        let mut offsets = [0usize; BLOCK];
+        let mut place = Place::at(rows.start, self.patches.grid);
+        for offset in offsets.iter_mut().take(rows.len()) {
+            *offset = self.target.offset(place);
+            place.next(self.patches.grid);
+        }
+        // A phase without taps (a kernel smaller than the stride) still stores bias and residual.
+        let chunks = depth.div_ceil(DEPTH).max(1);
+        with_scratch(BLOCK * ROW, |gathered| {
+            for chunk in 0..chunks {
+                let (start, end) = (depth * chunk / chunks, depth * (chunk + 1) / chunks);
+                self.patches.gather(self.kernels, self.x, rows.clone(), start..end, gathered, ROW);
+                let last = chunk + 1 == chunks;
+                for first in (0..columns).step_by(panel) {
+                    let b = self.panels[first * depth + start * panel..].as_ptr();
+                    for (row, count) in self.kernels.tiles(rows.len()) {
+                        let at = |values: Option<&[f32]>| match values {
+                            Some(values) if last => values[first..].as_ptr(),
+                            _ => std::ptr::null(),
+                        };
+                        let tile = Tile {
+                            depth: end - start,
+                            a: gathered[row * ROW..].as_ptr(),
+                            a_step: 1,
+                            b,
+                            c: out.get().wrapping_add(first),
+                            rows: offsets[row..].as_ptr(),
+                            columns: panel.min(columns - first),
+                            accumulate: chunk > 0,
+                            bias: at(self.finish.bias),
+                            mask: at(self.finish.mask),
+                            residual: at(self.finish.residual),
+                        };
+                        // SAFETY: the block's rows are written by this task alone; `gathered` holds
+                        // its rows at the distance ROW, and the panels were cut for these kernels.
+                        #[allow(unsafe_code)]
+                        unsafe {
+                            self.kernels.run(Operand::Gathered, count, &tile);
+                        }
+                    }
+                }
+            }
+        });
+    }
+}
+
+/// [`small_to_large`] for few channels: per image, `[pixels, outer] × [outer, taps · inner]`, then
+/// every output pixel collects what falls on it.
+fn scatter(
+    geometry: &Geometry,
+    small: &[f32],
+    relu: bool,
+    weight: &[f32],
+    finish: Finish<'_>,
+    large: &mut [f32],
+) {
+    let kernels = kernels();
+    let Geometry { large: to, small: from, kernel, stride, padding, dilation } = *geometry;
+    let area = kernel.0 * kernel.1;
+    let columns = area * to.channels;
+    // [outer, inner, area] → [outer, area · inner], so that a tap's channels lie side by side.
+    let mut by_tap = vec![0.; weight.len()];
+    for (from, to_row) in weight.chunks(columns).zip(by_tap.chunks_mut(columns)) {
+        for (channel, taps) in from.chunks(area).enumerate() {
+            for (tap, value) in taps.iter().enumerate() {
+                to_row[tap * to.channels + channel] = *value;
+            }
+        }
+    }
+    let one = Images { batch: 1, ..from };
+    let mut panels = PANELS.take();
+    let tap = Tap { dy: 0, dx: 0, index: 0 };
+    let shape = (from.channels, columns, 1);
+    weight_panels(&by_tap, shape, DepthAxis::Outer, &[tap], kernels.panel, &mut panels);
+    let patches = Patches::new(one, (from.height, from.width), 1, vec![tap], relu);
+    let target = Target { images: Images { channels: columns, ..one }, scale: 1, phase: (0, 0) };
+    large.par_chunks_mut(to.len() / to.batch).enumerate().for_each(|(image, large)| {
+        let at = image * large.len();
+        let cut = |values: Option<&'_ [f32]>| values.map(|v| v[at..at + large.len()].to_vec());
+        let (mask, residual) = (cut(finish.mask), cut(finish.residual));
+        let x = &small[image * one.len()..(image + 1) * one.len()];
+        let product = Product {
+            kernels,
+            patches: &patches,
+            x,
+            panels: &panels,
+            finish: Finish::default(),
+            target,
+        };
+        let pixels = one.pixels();
+        let mut products = vec![0.; pixels * columns];
+        for first in (0..pixels).step_by(BLOCK) {
+            product.block(first..(first + BLOCK).min(pixels), SharedMut::new(&mut products));
+        }
+        match finish.bias {
+            Some(bias) => large.chunks_mut(to.channels).for_each(|p| p.copy_from_slice(bias)),
+            None => large.fill(0.),
+        }
+        for (pixel, products) in products.chunks(columns).enumerate() {
+            let (y, x) = (pixel / from.width * stride, pixel % from.width * stride);
+            for (tap, values) in products.chunks(to.channels).enumerate() {
+                let row = y + tap / kernel.1 * dilation;
+                let column = x + tap % kernel.1 * dilation;
+                if row < padding || column < padding {
+                    continue;
+                }
+                let (row, column) = (row - padding, column - padding);
+                if row < to.height && column < to.width {
+                    let to = &mut large[(row * to.width + column) * to.channels..];
+                    for (to, value) in to.iter_mut().zip(values) {
+                        *to += value;
+                    }
+                }
+            }
+        }
+        if let Some(mask) = mask {
+            for (value, gate) in large.iter_mut().zip(mask) {
+                *value = if gate > 0. { *value } else { 0. };
+            }
+        }
+        if let Some(residual) = residual {
+            for (value, more) in large.iter_mut().zip(residual) {
+                *value += more;
+            }
+        }
+    });
+    PANELS.set(panels);
+}

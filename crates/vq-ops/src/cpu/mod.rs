@@ -1,0 +1,38 @@
+//! CPU kernels over plain slices: convolutions as implicit matrix products, nearest codes, AdamW.
+//!
+//! Every kernel splits its work by shape alone, never by the number of threads, and adds partial
+//! sums in a fixed order: the results are the same to the bit whatever the thread pool.
+
+pub(crate) mod adamw;
+pub(crate) mod buffers;
+pub(crate) mod conv;
+pub(crate) mod nearest;
+pub(crate) mod pack;
+pub(crate) mod tile;
+pub(crate) mod vector;
+pub(crate) mod weight_gradient;
+
+#[cfg(test)]
+mod tests;
+
+/// A pointer that tasks on several threads write through, each to its own elements.
+#[derive(Clone, Copy)]
+pub(crate) struct SharedMut(*mut f32);
+
+// SAFETY: whoever dereferences the pointer promises (at its `unsafe` block) that no two tasks touch
+// the same element.
+#[allow(unsafe_code)]
+unsafe impl Send for SharedMut {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl Sync for SharedMut {}
+
+impl SharedMut {
+    pub(crate) fn new(slice: &mut [f32]) -> Self {
+        Self(slice.as_mut_ptr())
+    }
+
+    pub(crate) fn get(self) -> *mut f32 {
+        self.0
+    }
+}

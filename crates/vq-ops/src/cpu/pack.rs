@@ -1,0 +1,210 @@
+//! From images and weights to the operands of a tile.
+//!
+//! A convolution is a product of *patches* (one row per output pixel, the taps' channels side by
+//! side) and weights. Patches are gathered for a few rows at a time, never as a whole matrix.
+
+use rayon::prelude::*;
+
+use super::tile::Kernels;
+
+/// The sizes of a channels-last batch of images.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Images {
+    pub batch: usize,
+    pub height: usize,
+    pub width: usize,
+    pub channels: usize,
+}
+
+impl Images {
+    pub(crate) fn pixels(self) -> usize {
+        self.batch * self.height * self.width
+    }
+
+    pub(crate) fn len(self) -> usize {
+        self.pixels() * self.channels
+    }
+}
+
+/// One tap of a kernel.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) struct Tap {
+    /// Offset of the pixel it reads from the patch's base pixel.
+    pub dy: isize,
+    /// As `dy`, along the row.
+    pub dx: isize,
+    /// `ky · KW + kx`: its place in the weight.
+    pub index: usize,
+}
+
+/// Taps that lie side by side in memory: `count` pixels from `(dy, dx)` on.
+#[derive(Clone, Copy, Debug)]
+struct Run {
+    dy: isize,
+    dx: isize,
+    count: usize,
+    first_tap: usize,
+}
+
+/// How patches are read: output pixel `(y, x)` reads `(y·step + dy, x·step + dx)` for each tap.
+#[derive(Clone, Debug)]
+pub(crate) struct Patches {
+    pub images: Images,
+    /// Rows and columns of patches per image.
+    pub grid: (usize, usize),
+    pub step: usize,
+    pub taps: Vec<Tap>,
+    runs: Vec<Run>,
+    /// Whether ReLU is applied to what is read.
+    pub relu: bool,
+}
+
+impl Patches {
+    pub(crate) fn new(
+        images: Images,
+        grid: (usize, usize),
+        step: usize,
+        mut taps: Vec<Tap>,
+        relu: bool,
+    ) -> Self {
+        taps.sort_unstable();
+        let mut runs: Vec<Run> = Vec::new();
+        for (first_tap, tap) in taps.iter().enumerate() {
+            match runs.last_mut() {
+                Some(run) if run.dy == tap.dy && run.dx + run.count as isize == tap.dx => {
+                    run.count += 1;
+                }
+                _ => runs.push(Run { dy: tap.dy, dx: tap.dx, count: 1, first_tap }),
+            }
+        }
+        Self { images, grid, step, taps, runs, relu }
+    }
+
+    /// Length of a patch: taps × channels.
+    pub(crate) fn depth(&self) -> usize {
+        self.taps.len() * self.images.channels
+    }
+
+    /// Number of patches.
+    pub(crate) fn rows(&self) -> usize {
+        self.images.batch * self.grid.0 * self.grid.1
+    }
+
+    /// Copies elements `depth` of the patches `rows` to `to`, `stride` elements apart.
+    pub(crate) fn gather(
+        &self,
+        kernels: &Kernels,
+        x: &[f32],
+        rows: std::ops::Range<usize>,
+        depth: std::ops::Range<usize>,
+        to: &mut [f32],
+        stride: usize,
+    ) {
+        let Images { height, width, channels, .. } = self.images;
+        let copy = kernels.copy[usize::from(self.relu)];
+        let mut place = Place::at(rows.start, self.grid);
+        for (_, to) in rows.zip(to.chunks_mut(stride)) {
+            for run in &self.runs {
+                // This run's share of the patch, in elements from the run's start.
+                let start = run.first_tap * channels;
+                let first = depth.start.max(start) - start;
+                let end = depth.end.min(start + run.count * channels).saturating_sub(start);
+                if first >= end {
+                    continue;
+                }
+                let to = &mut to[start + first - depth.start..start + end - depth.start];
+                let y = (place.y * self.step) as isize + run.dy;
+                let x0 = (place.x * self.step) as isize + run.dx;
+                // The part of the run that lies inside the image.
+                let inside_first = (-x0).clamp(0, run.count as isize) as usize * channels;
+                let inside_end =
+                    (width as isize - x0).clamp(0, run.count as isize) as usize * channels;
+                let (from, until) = (first.max(inside_first), end.min(inside_end));
+                if y < 0 || y >= height as isize || from >= until {
+                    to.fill(0.);
+                    continue;
+                }
+                to[..from - first].fill(0.);
+                to[until - first..].fill(0.);
+                let row = (place.image * height + y as usize) * width;
+                let base = (row as isize + x0) * channels as isize;
+                let source = &x[(base + from as isize) as usize..(base + until as isize) as usize];
+                let to = &mut to[from - first..until - first];
+                // SAFETY: both slices have `source.len()` elements; `kernels` fits this CPU.
+                #[allow(unsafe_code)]
+                unsafe {
+                    copy(source.as_ptr(), to.as_mut_ptr(), source.len());
+                }
+            }
+            place.next(self.grid);
+        }
+    }
+}
+
+/// A patch's image, row and column.
+#[derive(Clone, Copy)]
+pub(crate) struct Place {
+    pub image: usize,
+    pub y: usize,
+    pub x: usize,
+}
+
+impl Place {
+    pub(crate) fn at(row: usize, grid: (usize, usize)) -> Self {
+        let (image, rest) = (row / (grid.0 * grid.1), row % (grid.0 * grid.1));
+        Self { image, y: rest / grid.1, x: rest % grid.1 }
+    }
+
+    pub(crate) fn next(&mut self, grid: (usize, usize)) {
+        self.x += 1;
+        if self.x == grid.1 {
+            self.x = 0;
+            self.y += 1;
+            if self.y == grid.0 {
+                self.y = 0;
+                self.image += 1;
+            }
+        }
+    }
+}
+
+/// Which axis of a weight `[outer, inner, KH, KW]` runs along the depth of the product; the other
+/// one gives its columns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum DepthAxis {
+    Outer,
+    Inner,
+}
+
+/// A weight as a matrix `[taps · depth channels, columns]`, cut into panels of `panel` columns
+/// (`[panels][depth][panel]`, the last one filled up with zeros).
+pub(crate) fn weight_panels(
+    weight: &[f32],
+    shape: (usize, usize, usize),
+    axis: DepthAxis,
+    taps: &[Tap],
+    panel: usize,
+    to: &mut Vec<f32>,
+) {
+    let (outer, inner, area) = shape;
+    let (channels, columns, channel_step, column_step) = match axis {
+        DepthAxis::Outer => (outer, inner, inner * area, area),
+        DepthAxis::Inner => (inner, outer, area, inner * area),
+    };
+    let depth = taps.len() * channels;
+    to.clear();
+    to.resize(columns.div_ceil(panel) * depth * panel, 0.);
+    to.par_chunks_mut((depth * panel).max(1)).enumerate().for_each(|(index, to)| {
+        let first = index * panel;
+        let width = panel.min(columns - first);
+        for (t, tap) in taps.iter().enumerate() {
+            for channel in 0..channels {
+                let from = tap.index + channel * channel_step + first * column_step;
+                let to = &mut to[(t * channels + channel) * panel..][..width];
+                for (j, value) in to.iter_mut().enumerate() {
+                    *value = weight[from + j * column_step];
+                }
+            }
+        }
+    });
+}

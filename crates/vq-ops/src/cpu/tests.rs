@@ -1,0 +1,263 @@
+//! Every kernel against its definition, on every instruction set that this CPU has.
+
+use proptest::prelude::*;
+
+use super::buffers::Buffers;
+use super::conv::{Finish, Geometry, large_to_small, small_to_large};
+use super::nearest::{NotFinite, nearest, statistics};
+use super::pack::Images;
+use super::tile::{FORCED, available};
+use super::weight_gradient::{column_sums, weight_gradient};
+
+/// Numbers in [-1, 1) that look random and are the same everywhere.
+fn noise(len: usize, seed: u64) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    (0..len)
+        .map(|_| {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            ((state >> 40) as f32 / (1u64 << 23) as f32) - 1.
+        })
+        .collect()
+}
+
+fn on_every_cpu(check: impl Fn(&str)) {
+    for kernels in available() {
+        FORCED.set(Some(kernels));
+        check(kernels.name);
+        FORCED.set(None);
+    }
+}
+
+#[track_caller]
+fn assert_close(actual: &[f32], expected: &[f64], what: &str) {
+    assert_eq!(actual.len(), expected.len(), "{what}");
+    let scale = expected.iter().fold(1e-3, |a: f64, b| a.max(b.abs()));
+    for (i, (a, e)) in actual.iter().zip(expected).enumerate() {
+        let error = (f64::from(*a) - e).abs();
+        assert!(error <= 2e-6 * scale, "{what}: element {i} is {a}, not {e} (scale {scale})");
+    }
+}
+
+/// Calls `visit(large index, small index, weight index)` for every product of a convolution.
+fn products(g: &Geometry, mut visit: impl FnMut(usize, usize, usize)) {
+    let (l, s) = (g.large, g.small);
+    for b in 0..s.batch {
+        for (y, x) in (0..s.height).flat_map(|y| (0..s.width).map(move |x| (y, x))) {
+            for (ky, kx) in (0..g.kernel.0).flat_map(|ky| (0..g.kernel.1).map(move |kx| (ky, kx))) {
+                let ly = (y * g.stride + ky * g.dilation) as isize - g.padding as isize;
+                let lx = (x * g.stride + kx * g.dilation) as isize - g.padding as isize;
+                if ly < 0 || lx < 0 || ly >= l.height as isize || lx >= l.width as isize {
+                    continue;
+                }
+                for (o, i) in (0..s.channels).flat_map(|o| (0..l.channels).map(move |i| (o, i))) {
+                    let large =
+                        ((b * l.height + ly as usize) * l.width + lx as usize) * l.channels + i;
+                    let small = ((b * s.height + y) * s.width + x) * s.channels + o;
+                    let weight = ((o * l.channels + i) * g.kernel.0 + ky) * g.kernel.1 + kx;
+                    visit(large, small, weight);
+                }
+            }
+        }
+    }
+}
+
+fn relu(values: &[f32], on: bool) -> Vec<f64> {
+    values.iter().map(|v| f64::from(if on && *v <= 0. { 0. } else { *v })).collect()
+}
+
+fn check_geometry(g: &Geometry, relu_on: bool, finish_on: bool) {
+    let large = noise(g.large.len(), 1);
+    let small = noise(g.small.len(), 2);
+    let weight = noise(g.weight_len(), 3);
+    let (large64, small64) = (relu(&large, relu_on), relu(&small, relu_on));
+    let weight64 = relu(&weight, false);
+    let mut to_small = vec![0f64; small.len()];
+    let mut to_large = vec![0f64; large.len()];
+    let mut of_weight = vec![0f64; weight.len()];
+    products(g, |l, s, w| {
+        to_small[s] += large64[l] * weight64[w];
+        to_large[l] += small64[s] * weight64[w];
+        of_weight[w] += large64[l] * small64[s];
+    });
+    let finished = |sums: &[f64], channels: usize, bias: &[f32], mask: &[f32], more: &[f32]| {
+        let one = |(i, sum): (usize, &f64)| {
+            let sum = sum + f64::from(bias[i % channels]);
+            (if mask[i] > 0. { sum } else { 0. }) + f64::from(more[i])
+        };
+        sums.iter().enumerate().map(one).collect::<Vec<f64>>()
+    };
+    let (small_bias, large_bias) = (noise(g.small.channels, 4), noise(g.large.channels, 5));
+    let (small_mask, large_mask) = (noise(small.len(), 6), noise(large.len(), 7));
+    let (small_more, large_more) = (noise(small.len(), 8), noise(large.len(), 9));
+    if finish_on {
+        to_small = finished(&to_small, g.small.channels, &small_bias, &small_mask, &small_more);
+        to_large = finished(&to_large, g.large.channels, &large_bias, &large_mask, &large_more);
+    }
+    on_every_cpu(|cpu| {
+        let finish = |bias, mask, residual| match finish_on {
+            true => Finish { bias: Some(bias), mask: Some(mask), residual: Some(residual) },
+            false => Finish::default(),
+        };
+        // Whatever was in the output before must not matter.
+        let mut out = vec![f32::NAN; small.len()];
+        let end = finish(&small_bias[..], &small_mask[..], &small_more[..]);
+        large_to_small(g, &large, relu_on, &weight, end, &mut out);
+        assert_close(&out, &to_small, &format!("{cpu} large_to_small {g:?}"));
+        let mut out = vec![f32::NAN; large.len()];
+        let end = finish(&large_bias[..], &large_mask[..], &large_more[..]);
+        small_to_large(g, &small, relu_on, &weight, end, &mut out);
+        assert_close(&out, &to_large, &format!("{cpu} small_to_large {g:?}"));
+        let mut out = vec![f32::NAN; weight.len()];
+        let ends = ((&large[..], relu_on), (&small[..], relu_on));
+        weight_gradient(g, ends.0, ends.1, &Buffers::default(), &mut out);
+        assert_close(&out, &of_weight, &format!("{cpu} weight_gradient {g:?}"));
+    });
+}
+
+fn geometry(
+    (batch, height, width): (usize, usize, usize),
+    (inner, outer): (usize, usize),
+    kernel: (usize, usize),
+    (stride, padding, dilation): (usize, usize, usize),
+) -> Option<Geometry> {
+    let length = |input: usize, kernel: usize| {
+        let span = dilation * (kernel - 1) + 1;
+        (input + 2 * padding).checked_sub(span).map(|rest| rest / stride + 1)
+    };
+    let large = Images { batch, height, width, channels: inner };
+    let small = Images {
+        batch,
+        height: length(height, kernel.0)?,
+        width: length(width, kernel.1)?,
+        channels: outer,
+    };
+    Some(Geometry { large, small, kernel, stride, padding, dilation })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn convolutions_and_their_gradients_equal_the_definition(
+        size in (1usize..4, 1usize..11, 1usize..11),
+        channels in (1usize..40, 1usize..70),
+        kernel in (1usize..5, 1usize..5),
+        steps in (1usize..4, 0usize..3, 1usize..3),
+        relu in any::<bool>(),
+        finish in any::<bool>(),
+    ) {
+        if let Some(g) = geometry(size, channels, kernel, steps) {
+            check_geometry(&g, relu, finish);
+        }
+    }
+
+    #[test]
+    fn nearest_codes_equal_direct_differences_in_f64(
+        count in 1usize..300, codes in 1usize..1100, dim in 1usize..70, seed in any::<u64>(),
+        offset in prop::sample::select(vec![0f32, 1., 1e3]), grid in any::<bool>(),
+    ) {
+        // On a coarse grid many distances tie; far from the origin the expanded form cancels.
+        let place = |v: f32| offset + if grid { (v * 2.).round() } else { v };
+        let z: Vec<f32> = noise(count * dim, seed).into_iter().map(place).collect();
+        let codebook: Vec<f32> = noise(codes * dim, !seed).into_iter().map(place).collect();
+        let expected: Vec<u32> = z.chunks(dim).map(|z| direct(z, &codebook)).collect();
+        on_every_cpu(|cpu| {
+            assert_eq!(nearest(&z, &codebook, dim).as_ref(), Ok(&expected), "{cpu}");
+            let alone = nearest(&z[..dim], &codebook, dim);
+            assert_eq!(alone, Ok(vec![expected[0]]), "{cpu}: a row depends on its batch");
+        });
+    }
+}
+
+fn direct(z: &[f32], codebook: &[f32]) -> u32 {
+    let distance = |e: &[f32]| -> f64 {
+        z.iter().zip(e).map(|(z, e)| (f64::from(*z) - f64::from(*e)).powi(2)).sum()
+    };
+    let mut best = (f64::INFINITY, 0);
+    for (code, e) in codebook.chunks(z.len()).enumerate() {
+        if distance(e) < best.0 {
+            best = (distance(e), code as u32);
+        }
+    }
+    best.1
+}
+
+#[test]
+fn the_layers_of_the_standard_model_equal_the_definition() {
+    for (size, channels, kernel, steps) in [
+        ((2, 32, 32), (3, 64), 4, (2, 1, 1)),
+        ((1, 16, 16), (64, 128), 4, (2, 1, 1)),
+        ((2, 8, 8), (128, 128), 3, (1, 1, 1)),
+        ((2, 8, 8), (128, 32), 3, (1, 1, 1)),
+        ((2, 8, 8), (32, 128), 1, (1, 0, 1)),
+        ((3, 7, 5), (256, 33), 3, (1, 1, 1)),
+    ] {
+        let g = geometry(size, channels, (kernel, kernel), steps).unwrap();
+        check_geometry(&g, true, true);
+    }
+}
+
+#[test]
+fn a_convolution_with_as_many_channels_as_rows_and_columns() {
+    check_geometry(&geometry((1, 4, 4), (4, 4), (3, 3), (1, 1, 1)).unwrap(), false, false);
+}
+
+#[test]
+fn results_do_not_depend_on_the_number_of_threads() {
+    let g = geometry((9, 16, 16), (48, 64), (4, 4), (2, 1, 1)).unwrap();
+    let (large, small) = (noise(g.large.len(), 1), noise(g.small.len(), 2));
+    let weight = noise(g.weight_len(), 3);
+    let codebook = noise(700 * 64, 4);
+    let run = |threads| {
+        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        pool.install(|| {
+            let mut a = vec![0.; small.len()];
+            large_to_small(&g, &large, true, &weight, Finish::default(), &mut a);
+            let mut b = vec![0.; large.len()];
+            small_to_large(&g, &small, true, &weight, Finish::default(), &mut b);
+            let mut c = vec![0.; weight.len()];
+            let ends = ((&large[..], false), (&small[..], false));
+            weight_gradient(&g, ends.0, ends.1, &Buffers::default(), &mut c);
+            let mut d = vec![0.; g.small.channels];
+            column_sums(&small, g.small.channels, &mut d);
+            let codes = nearest(&small, &codebook, 64).unwrap();
+            let sums = statistics(&small, &codes, 64, 700);
+            let bits = |v: Vec<f32>| v.into_iter().map(f32::to_bits).collect::<Vec<u32>>();
+            (bits(a), bits(b), bits(c), bits(d), codes, bits(sums.0), bits(sums.1))
+        })
+    };
+    let one = run(1);
+    assert!(one == run(2) && one == run(5));
+}
+
+#[test]
+fn values_that_are_not_finite_are_named() {
+    let codebook = noise(600 * 5, 1);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut z = noise(200 * 5, 2);
+        z[131 * 5 + 3] = bad;
+        let mut broken = codebook.clone();
+        broken[17 * 5] = bad;
+        on_every_cpu(|cpu| {
+            assert_eq!(nearest(&z, &codebook, 5), Err(NotFinite::Vector(131)), "{cpu}");
+            assert_eq!(nearest(&codebook, &broken, 5), Err(NotFinite::Code(17)), "{cpu}");
+        });
+    }
+}
+
+#[test]
+fn equal_codes_give_the_lowest_index() {
+    let codebook = vec![0.25; 1000 * 3];
+    let z = noise(500 * 3, 7);
+    on_every_cpu(|_| assert_eq!(nearest(&z, &codebook, 3), Ok(vec![0; 500])));
+}
+
+#[test]
+fn statistics_count_and_add() {
+    let z = [1., 2., 10., 20., 100., 200.];
+    let (counts, sums) = statistics(&z, &[2, 0, 2], 2, 4);
+    assert_eq!(counts, [1., 0., 2., 0.]);
+    assert_eq!(sums, [10., 20., 0., 0., 101., 202., 0., 0.]);
+}

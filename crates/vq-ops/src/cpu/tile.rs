@@ -1,0 +1,258 @@
+//! The innermost product: a few rows times one or two registers of columns.
+
+use std::sync::OnceLock;
+
+use super::vector::{Portable, Vector};
+
+/// How deep a product runs before its sums go back to memory: one panel of `DEPTH × columns` then
+/// stays in the first-level cache.
+pub(crate) const DEPTH: usize = 192;
+/// Distance between rows that were gathered for [`Tile::a`]: an odd number of cache lines, so that
+/// the rows of a tile fall into different cache sets.
+pub(crate) const ROW: usize = DEPTH + 16;
+
+/// One tile: `c[rows[i] + j] (+)= Σ_d a(i, d) · b[d][j]`, then bias, mask and residual.
+pub(crate) struct Tile {
+    /// Length of the sums.
+    pub depth: usize,
+    /// First operand; see [`Operand`] for where element (i, d) lies.
+    pub a: *const f32,
+    /// Elements between neighbouring depths of `a`.
+    pub a_step: usize,
+    /// Second operand, `[depth][panel]`.
+    pub b: *const f32,
+    /// Result.
+    pub c: *mut f32,
+    /// Where each row of the tile begins in `c` (and in `mask` and `residual`).
+    pub rows: *const usize,
+    /// How many columns are stored: at most the panel's width.
+    pub columns: usize,
+    /// Whether the sums are added to what is in `c`.
+    pub accumulate: bool,
+    /// Added to every row, where not null.
+    pub bias: *const f32,
+    /// Same places as `c`: where it is not above zero the sum becomes zero. May be null.
+    pub mask: *const f32,
+    /// Same places as `c`: added last. May be null.
+    pub residual: *const f32,
+}
+
+/// Where element (row, depth) of a tile's first operand lies.
+#[derive(Clone, Copy)]
+pub(crate) enum Operand {
+    /// At `row · ROW + depth · a_step`.
+    Gathered,
+    /// At `row + depth · a_step`.
+    Transposed,
+}
+
+/// The kernels for one instruction set.
+pub(crate) struct Kernels {
+    /// The most rows in a tile.
+    pub rows: usize,
+    /// Columns in a panel of the second operand.
+    pub panel: usize,
+    /// Lanes of a register: tiles of at most that many columns take the narrow kernel.
+    lanes: usize,
+    gathered: [&'static [TileFn]; 2],
+    transposed: [&'static [TileFn]; 2],
+    /// `to[i] = max(from[i], 0)` (or a copy) for `count` elements.
+    pub copy: [CopyFn; 2],
+    /// Name of the instruction set.
+    pub name: &'static str,
+}
+
+type TileFn = unsafe fn(&Tile);
+type CopyFn = unsafe fn(*const f32, *mut f32, usize);
+
+impl Kernels {
+    /// Runs one tile of `rows` rows.
+    ///
+    /// # Safety
+    /// The pointers of `tile` must cover what its fields say; `rows` is between 1 and `self.rows`.
+    #[inline]
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn run(&self, operand: Operand, rows: usize, tile: &Tile) {
+        let family = match operand {
+            Operand::Gathered => &self.gathered,
+            Operand::Transposed => &self.transposed,
+        };
+        let width = usize::from(tile.columns > self.lanes);
+        // SAFETY: the caller's promise, and `kernels()` chose what this CPU has.
+        unsafe { family[width][rows - 1](tile) }
+    }
+
+    /// Splits `total` rows into tiles of nearly equal height: (number of tiles, rows of tile i).
+    pub(crate) fn tiles(&self, total: usize) -> impl Iterator<Item = (usize, usize)> + use<> {
+        let count = total.div_ceil(self.rows);
+        (0..count).map(move |i| {
+            let (first, end) = (total * i / count, total * (i + 1) / count);
+            (first, end - first)
+        })
+    }
+}
+
+/// The best kernels for this CPU. `VQ_CPU=avx2` or `portable` asks for less, for comparisons.
+pub(crate) fn kernels() -> &'static Kernels {
+    #[cfg(test)]
+    if let Some(forced) = FORCED.get() {
+        return forced;
+    }
+    static CHOICE: OnceLock<&'static Kernels> = OnceLock::new();
+    CHOICE.get_or_init(|| {
+        let wanted = std::env::var("VQ_CPU").unwrap_or_default();
+        available().into_iter().find(|k| wanted.is_empty() || k.name == wanted).unwrap_or(&PORTABLE)
+    })
+}
+
+#[cfg(test)]
+thread_local! {
+    /// What `kernels()` answers on this thread, so that tests reach every instruction set.
+    pub(crate) static FORCED: std::cell::Cell<Option<&'static Kernels>> =
+        const { std::cell::Cell::new(None) };
+}
+
+/// All kernels that this CPU can run, best first.
+pub(crate) fn available() -> Vec<&'static Kernels> {
+    let mut all: Vec<&'static Kernels> = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") {
+            all.push(&AVX512);
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            all.push(&AVX2);
+        }
+    }
+    all.push(&PORTABLE);
+    all
+}
+
+/// The tile for `MR` rows and `NV` registers of columns. `ROW_STEP` is the distance between rows
+/// of the first operand.
+///
+/// # Safety
+/// As [`Kernels::run`], and the CPU must have `V`'s instruction set.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn generic<V: Vector, const MR: usize, const NV: usize, const ROW_STEP: usize>(
+    tile: &Tile,
+    panel: usize,
+) {
+    // SAFETY: the caller's promise: `a` covers MR rows of `depth`, `b` covers `depth` panels, and
+    // `c`, `mask` and `residual` cover `columns` elements from each of the MR `rows`.
+    unsafe {
+        let mut sums = [[V::splat(0.); NV]; MR];
+        let (mut a, mut b) = (tile.a, tile.b);
+        for _ in 0..tile.depth {
+            let mut columns = [V::splat(0.); NV];
+            for (j, column) in columns.iter_mut().enumerate() {
+                *column = V::load(b.add(j * V::LANES));
+            }
+            for (i, row) in sums.iter_mut().enumerate() {
+                let factor = V::splat(*a.add(i * ROW_STEP));
+                for (sum, column) in row.iter_mut().zip(columns) {
+                    *sum = factor.mul_add(column, *sum);
+                }
+            }
+            a = a.add(tile.a_step);
+            b = b.add(panel);
+        }
+        for (j, first) in (0..NV).map(|j| (j, j * V::LANES)) {
+            let count = tile.columns.saturating_sub(first).min(V::LANES);
+            if count == 0 {
+                break;
+            }
+            let bias = if tile.bias.is_null() {
+                V::splat(0.)
+            } else {
+                V::load_partial(tile.bias.add(first), count)
+            };
+            let whole = count == V::LANES;
+            let fetch = |from: *const f32| {
+                if whole { V::load(from) } else { V::load_partial(from, count) }
+            };
+            for (i, row) in sums.iter().enumerate() {
+                let at = *tile.rows.add(i) + first;
+                let mut value = row[j];
+                if tile.accumulate {
+                    value = value.add(fetch(tile.c.add(at)));
+                }
+                value = value.add(bias);
+                if !tile.mask.is_null() {
+                    value = value.where_positive(fetch(tile.mask.add(at)));
+                }
+                if !tile.residual.is_null() {
+                    value = value.add(fetch(tile.residual.add(at)));
+                }
+                if whole {
+                    value.store(tile.c.add(at));
+                } else {
+                    value.store_partial(tile.c.add(at), count);
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `from` and `to` cover `count` elements, and the CPU has `V`'s instruction set.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn generic_copy<V: Vector, const RELU: bool>(from: *const f32, to: *mut f32, count: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut i = 0;
+        while i + V::LANES <= count {
+            let value = V::load(from.add(i));
+            let value = if RELU { value.where_positive(value) } else { value };
+            value.store(to.add(i));
+            i += V::LANES;
+        }
+        if i < count {
+            let value = V::load_partial(from.add(i), count - i);
+            let value = if RELU { value.where_positive(value) } else { value };
+            value.store_partial(to.add(i), count - i);
+        }
+    }
+}
+
+macro_rules! kernels_for {
+    ($table:ident, $module:ident, $name:literal, $vector:ty, $($feature:literal)?, rows: [$($mr:literal)*]) => {
+        #[allow(unsafe_code)]
+        mod $module {
+            use super::*;
+
+            const PANEL: usize = 2 * <$vector>::LANES;
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn run<const MR: usize, const NV: usize, const ROW_STEP: usize>(tile: &Tile) {
+                // SAFETY: the caller's promise; the instruction set is enabled above.
+                unsafe { generic::<$vector, MR, NV, ROW_STEP>(tile, PANEL) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn copy<const RELU: bool>(from: *const f32, to: *mut f32, count: usize) {
+                // SAFETY: as above.
+                unsafe { generic_copy::<$vector, RELU>(from, to, count) }
+            }
+
+            pub(super) static TABLE: Kernels = Kernels {
+                rows: [$($mr),*].len(),
+                panel: PANEL,
+                lanes: <$vector>::LANES,
+                gathered: [&[$(run::<$mr, 1, ROW>),*], &[$(run::<$mr, 2, ROW>),*]],
+                transposed: [&[$(run::<$mr, 1, 1>),*], &[$(run::<$mr, 2, 1>),*]],
+                copy: [copy::<false>, copy::<true>],
+                name: $name,
+            };
+        }
+        use $module::TABLE as $table;
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+kernels_for!(AVX512, avx512, "avx512", std::arch::x86_64::__m512, "avx512f", rows: [1 2 3 4 5 6 7 8 9 10 11 12 13 14]);
+#[cfg(target_arch = "x86_64")]
+kernels_for!(AVX2, avx2, "avx2", std::arch::x86_64::__m256, "avx2,fma", rows: [1 2 3 4 5 6]);
+kernels_for!(PORTABLE, portable, "portable", Portable, , rows: [1 2 3 4]);

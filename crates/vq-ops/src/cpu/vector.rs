@@ -1,0 +1,200 @@
+//! One register of f32 lanes, for each instruction set that we write for.
+
+/// Lanes of f32 that are worked on at once.
+///
+/// # Safety
+/// The CPU must have the instruction set of the implementing type, and the pointers must be good
+/// for as many elements as the method says.
+#[allow(unsafe_code)]
+pub(crate) trait Vector: Copy {
+    /// How many elements a register holds.
+    const LANES: usize;
+    /// All lanes `value`.
+    unsafe fn splat(value: f32) -> Self;
+    /// `LANES` elements from `from`.
+    unsafe fn load(from: *const f32) -> Self;
+    /// The first `count` (at most `LANES`) elements from `from`, zeros behind them.
+    unsafe fn load_partial(from: *const f32, count: usize) -> Self;
+    /// `LANES` elements to `to`.
+    unsafe fn store(self, to: *mut f32);
+    /// The first `count` (at most `LANES`) lanes to `to`.
+    unsafe fn store_partial(self, to: *mut f32, count: usize);
+    /// `self + other`.
+    unsafe fn add(self, other: Self) -> Self;
+    /// `self · factor + addend`.
+    unsafe fn mul_add(self, factor: Self, addend: Self) -> Self;
+    /// The lanes where `gate` is above zero; zero elsewhere.
+    unsafe fn where_positive(self, gate: Self) -> Self;
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code, clippy::undocumented_unsafe_blocks)] // the trait's safety section covers all
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::Vector;
+
+    impl Vector for __m512 {
+        const LANES: usize = 16;
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { _mm512_set1_ps(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { _mm512_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_partial(from: *const f32, count: usize) -> Self {
+            unsafe { _mm512_maskz_loadu_ps(mask16(count), from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_partial(self, to: *mut f32, count: usize) {
+            unsafe { _mm512_mask_storeu_ps(to, mask16(count), self) }
+        }
+
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            unsafe { _mm512_add_ps(self, other) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
+            unsafe { _mm512_fmadd_ps(self, factor, addend) }
+        }
+
+        #[inline(always)]
+        unsafe fn where_positive(self, gate: Self) -> Self {
+            unsafe {
+                let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(gate, _mm512_setzero_ps());
+                _mm512_maskz_mov_ps(positive, self)
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn mask16(count: usize) -> __mmask16 {
+        if count >= 16 { !0 } else { (1 << count) - 1 }
+    }
+
+    impl Vector for __m256 {
+        const LANES: usize = 8;
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { _mm256_set1_ps(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { _mm256_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_partial(from: *const f32, count: usize) -> Self {
+            unsafe { _mm256_maskload_ps(from, mask8(count)) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm256_storeu_ps(to, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_partial(self, to: *mut f32, count: usize) {
+            unsafe { _mm256_maskstore_ps(to, mask8(count), self) }
+        }
+
+        #[inline(always)]
+        unsafe fn add(self, other: Self) -> Self {
+            unsafe { _mm256_add_ps(self, other) }
+        }
+
+        #[inline(always)]
+        unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
+            unsafe { _mm256_fmadd_ps(self, factor, addend) }
+        }
+
+        #[inline(always)]
+        unsafe fn where_positive(self, gate: Self) -> Self {
+            unsafe { _mm256_and_ps(self, _mm256_cmp_ps::<_CMP_GT_OQ>(gate, _mm256_setzero_ps())) }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn mask8(count: usize) -> __m256i {
+        const MASKS: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+        unsafe { _mm256_loadu_si256(MASKS.as_ptr().add(8 - count.min(8)).cast()) }
+    }
+}
+
+/// Eight lanes in plain Rust, which the compiler turns into the vector instructions of its target.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable([f32; 8]);
+
+#[allow(unsafe_code, clippy::undocumented_unsafe_blocks)] // the trait's safety section covers all
+impl Vector for Portable {
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Self([value; 8])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        Self(unsafe { from.cast::<[f32; 8]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn load_partial(from: *const f32, count: usize) -> Self {
+        let mut lanes = [0.; 8];
+        for (i, lane) in lanes.iter_mut().enumerate().take(count) {
+            *lane = unsafe { *from.add(i) };
+        }
+        Self(lanes)
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_partial(self, to: *mut f32, count: usize) {
+        for (i, lane) in self.0.iter().enumerate().take(count) {
+            unsafe { *to.add(i) = *lane };
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn add(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] + other.0[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
+        Self(std::array::from_fn(|i| {
+            // Without the instruction, a fused multiply-add is a slow call into the C library.
+            if cfg!(any(target_feature = "fma", target_arch = "aarch64")) {
+                self.0[i].mul_add(factor.0[i], addend.0[i])
+            } else {
+                self.0[i] * factor.0[i] + addend.0[i]
+            }
+        }))
+    }
+
+    #[inline(always)]
+    unsafe fn where_positive(self, gate: Self) -> Self {
+        Self(std::array::from_fn(|i| if gate.0[i] > 0. { self.0[i] } else { 0. }))
+    }
+}

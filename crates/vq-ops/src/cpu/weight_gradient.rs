@@ -1,0 +1,198 @@
+//! The gradients of a convolution's weight and bias.
+
+use rayon::prelude::*;
+
+use super::SharedMut;
+use super::buffers::Buffers;
+use super::conv::{Geometry, with_scratch};
+use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
+
+/// Pixels that a task multiplies at a time.
+const CHUNK: usize = 192;
+/// Partial sums are kept for at most that many elements in all, …
+const PARTIAL_ELEMENTS: usize = 1 << 23;
+/// … and in at most that many parts.
+const PARTS: usize = 32;
+
+/// The weight's gradient `[outer, inner, KH, KW]`, `Σ_m small[m, outer] · patch_m(large)[inner, ky,
+/// kx]`: for a convolution `small` is the output's gradient and `large` the input; for a transposed
+/// one `small` is the input and `large` the output's gradient.
+pub(crate) fn weight_gradient(
+    geometry: &Geometry,
+    large: (&[f32], /* relu */ bool),
+    small: (&[f32], /* relu */ bool),
+    buffers: &Buffers,
+    gradient: &mut [f32],
+) {
+    let kernels = kernels();
+    let patches = geometry.patches(large.1);
+    let (depth, columns, pixels) = (patches.depth(), geometry.small.channels, patches.rows());
+    let size = depth * columns;
+    // Parts are cut by shape alone, so that sums do not depend on the number of threads.
+    let parts = (PARTIAL_ELEMENTS / size.max(1)).clamp(1, PARTS).min(pixels.div_ceil(CHUNK));
+    let stripes = depth.div_ceil(DEPTH);
+    // Few parts (a large weight): let the stripes of the depth run side by side instead.
+    let split = if parts < 8 { stripes } else { 1 };
+    let mut partial = buffers.take(parts * size);
+    let shared = SharedMut::new(&mut partial);
+    (0..parts * split).into_par_iter().for_each(|task| {
+        let (part, piece) = (task / split, task % split);
+        let pixels = pixels * part / parts..pixels * (part + 1) / parts;
+        let stripes = stripes * piece / split..stripes * (piece + 1) / split;
+        let sums = shared.get().wrapping_add(part * size);
+        let bounds = |stripe: usize| depth * stripe / depth.div_ceil(DEPTH);
+        let panels = columns.div_ceil(kernels.panel);
+        let scratch = CHUNK * (ROW + panels * kernels.panel);
+        with_scratch(scratch, |scratch| {
+            let (gathered, panels) = scratch.split_at_mut(CHUNK * ROW);
+            let mut start = pixels.start;
+            while start < pixels.end {
+                let end = (start + CHUNK).min(pixels.end);
+                cut_panels(kernels, small, start..end, columns, panels);
+                for stripe in stripes.clone() {
+                    let (first, last) = (bounds(stripe), bounds(stripe + 1));
+                    patches.gather(kernels, large.0, start..end, first..last, gathered, ROW);
+                    let job = Job {
+                        kernels,
+                        pixels: end - start,
+                        gathered,
+                        panels,
+                        columns,
+                        accumulate: start > pixels.start,
+                    };
+                    job.run(first..last, sums);
+                }
+                start = end;
+            }
+        });
+    });
+    reduce(geometry, &patches.taps, &partial, parts, gradient);
+}
+
+/// Sums of each column: `[M, columns]` → `[columns]`, a bias's gradient.
+pub(crate) fn column_sums(values: &[f32], columns: usize, sums: &mut [f32]) {
+    const ROWS: usize = 1024;
+    let partial: Vec<Vec<f32>> = values
+        .par_chunks(ROWS * columns)
+        .map(|rows| {
+            let mut sums = vec![0.; columns];
+            for row in rows.chunks_exact(columns) {
+                for (sum, value) in sums.iter_mut().zip(row) {
+                    *sum += value;
+                }
+            }
+            sums
+        })
+        .collect();
+    sums.fill(0.);
+    for part in partial {
+        for (sum, value) in sums.iter_mut().zip(part) {
+            *sum += value;
+        }
+    }
+}
+
+/// Rows `pixels` of `[M, columns]` as panels `[panels][pixels][panel]`; the last panel's missing
+/// columns are not read by the kernels' results.
+fn cut_panels(
+    kernels: &Kernels,
+    small: (&[f32], bool),
+    pixels: std::ops::Range<usize>,
+    columns: usize,
+    panels: &mut [f32],
+) {
+    let copy = kernels.copy[usize::from(small.1)];
+    let panel = kernels.panel;
+    for (index, to) in panels.chunks_mut(CHUNK * panel).enumerate() {
+        let first = index * panel;
+        let count = panel.min(columns - first);
+        for (pixel, to) in pixels.clone().zip(to.chunks_mut(panel)) {
+            let from = &small.0[pixel * columns + first..][..count];
+            // SAFETY: both slices have `count` elements; `kernels` fits this CPU.
+            #[allow(unsafe_code)]
+            unsafe {
+                copy(from.as_ptr(), to.as_mut_ptr(), count);
+            }
+        }
+    }
+}
+
+struct Job<'a> {
+    kernels: &'a Kernels,
+    pixels: usize,
+    gathered: &'a [f32],
+    panels: &'a [f32],
+    columns: usize,
+    accumulate: bool,
+}
+
+impl Job<'_> {
+    /// `sums[depth][columns] (+)= gatheredᵀ · panels` for a stripe of the depth.
+    fn run(&self, depth: std::ops::Range<usize>, sums: *mut f32) {
+        let panel = self.kernels.panel;
+        for first in (0..self.columns).step_by(panel) {
+            let b = self.panels[first / panel * CHUNK * panel..].as_ptr();
+            for (row, count) in self.kernels.tiles(depth.len()) {
+                let mut rows = [0usize; 16];
+                for (i, offset) in rows.iter_mut().enumerate().take(count) {
+                    *offset = (depth.start + row + i) * self.columns;
+                }
+                let tile = Tile {
+                    depth: self.pixels,
+                    a: self.gathered[row..].as_ptr(),
+                    a_step: ROW,
+                    b,
+                    c: sums.wrapping_add(first),
+                    rows: rows.as_ptr(),
+                    columns: panel.min(self.columns - first),
+                    accumulate: self.accumulate,
+                    bias: std::ptr::null(),
+                    mask: std::ptr::null(),
+                    residual: std::ptr::null(),
+                };
+                // SAFETY: this task alone writes these rows of its part; `gathered` holds `pixels`
+                // rows at the distance ROW, and the panels were cut for these kernels.
+                #[allow(unsafe_code)]
+                unsafe {
+                    self.kernels.run(Operand::Transposed, count, &tile);
+                }
+            }
+        }
+    }
+}
+
+/// Adds the parts in order and brings `[taps · inner][outer]` to `[outer, inner, KH, KW]`.
+fn reduce(
+    geometry: &Geometry,
+    taps: &[super::pack::Tap],
+    partial: &[f32],
+    parts: usize,
+    gradient: &mut [f32],
+) {
+    let (outer, inner) = (geometry.small.channels, geometry.large.channels);
+    let area = geometry.kernel.0 * geometry.kernel.1;
+    let size = taps.len() * inner * outer;
+    let to = SharedMut::new(gradient);
+    (0..taps.len() * inner).into_par_iter().with_min_len(16).for_each_init(
+        || vec![0.; outer],
+        |sums, row| {
+            sums.fill(0.);
+            for part in 0..parts {
+                let from = &partial[part * size + row * outer..][..outer];
+                for (sum, value) in sums.iter_mut().zip(from) {
+                    *sum += value;
+                }
+            }
+            let (tap, channel) = (row / inner, row % inner);
+            for (o, sum) in sums.iter().enumerate() {
+                let at = (o * inner + channel) * area + taps[tap].index;
+                // SAFETY: `at` is below outer · inner · area, the gradient's length, and each
+                // (row, o) has an `at` of its own.
+                #[allow(unsafe_code)]
+                unsafe {
+                    *to.get().add(at) = *sum;
+                }
+            }
+        },
+    );
+}
