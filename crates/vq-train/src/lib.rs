@@ -1,1 +1,60 @@
-//! Under construction.
+//! Training VQ-VAEs: recipe, loop, loss, optimizer, schedules, checkpoints, metrics.
+//!
+//! A [`Recipe`] (TOML) decides everything. A [`Trainer`] trains a [`Trainable`], here a [`Tokenizer`],
+//! and tells its [`Observer`]s what happens as [`Event`]s; progress bars, logs and pictures are
+//! observers, and so is the [`MetricsFile`]. A run resumes from its [`Checkpoints`] to the bit, also in
+//! the middle of an epoch. This crate prints nothing.
+//!
+//! ```no_run
+//! use candle_core::Device;
+//! use vq_train::{MetricsFile, Outcome, Recipe, RunFolder, Tokenizer, Trainer, load_model};
+//!
+//! # fn main() -> vq_train::Result<()> {
+//! let recipe = Recipe::default().with_override("train.epochs=5")?;
+//! let run = RunFolder::create("results", &recipe, /* overwrite */ false)?;
+//! let splits = recipe.data.open(recipe.model.image_size)?;
+//! let tokenizer = Tokenizer::new(&recipe, &splits, &Device::Cpu)?;
+//! let mut trainer = Trainer::new(tokenizer, &recipe.train, run.path())?
+//!     .with_observer(MetricsFile::new(run.metrics_file(), recipe.train.log_every));
+//! assert_eq!(trainer.run()?, Outcome::Finished);
+//! let model = load_model("results", &Device::Cpu)?;
+//! # Ok(())
+//! # }
+//! ```
+
+mod checkpoint;
+mod error;
+mod evaluate;
+mod event;
+mod file;
+mod jsonl;
+mod loss;
+mod metrics;
+mod optimizer;
+mod recipe;
+mod recipe_toml;
+mod run_folder;
+mod schedule;
+mod ssim;
+mod state;
+mod tokenizer;
+mod trainable;
+mod trainer;
+
+pub use checkpoint::{BEST, CHECKPOINTS, Checkpoints, LAST, load_model, resolve_model};
+pub use error::{Error, Result};
+pub use evaluate::{EvaluateOptions, evaluate};
+pub use event::{
+    Best, CheckpointSaved, EpochFinished, EpochRecord, Event, Observer, RunEnded, RunStarted,
+    StepFinished, Warning, WarningKind,
+};
+pub use jsonl::{MetricsFile, read_metrics, record};
+pub use metrics::{Metrics, Usage};
+pub use recipe::{DataConfig, KMeansConfig, Recipe, RevivalConfig, TrainConfig};
+pub use run_folder::{METRICS_FILE, RECIPE_FILE, RunFolder};
+pub use schedule::{Schedule, learning_rate};
+pub use ssim::ssim;
+pub use state::{Progress, Running, TRAINING_FILE, read_progress};
+pub use tokenizer::{Residue, Tokenizer};
+pub use trainable::{Evaluation, Forward, Samples, Trainable, Update};
+pub use trainer::{Outcome, Trainer};

@@ -1,0 +1,158 @@
+//! The loss of a tokenizer.
+
+use candle_core::{Device, Tensor};
+use vq_model::{Normalization, Output};
+
+use crate::{Metrics, Result, TrainConfig};
+
+/// L = reconstruction + codebook + β·commitment (van den Oord et al. 2017, eq. 3).
+///
+/// All three are means: the reconstruction error over B·C·H·W, the other two over B·h·w·D. The
+/// reconstruction error is taken in pixels' units of [0, 1] and divided by the variance of the
+/// training pixels in the same units (as in Sonnet), or, without that, taken in the model's range.
+#[derive(Clone, Debug)]
+pub(crate) struct Loss {
+    beta: f64,
+    l1: f64,
+    scale: Scale,
+}
+
+/// Factor on an error in the model's range, before it is squared.
+#[derive(Clone, Debug)]
+enum Scale {
+    Uniform(f64),
+    /// `[1,C,1,1]`
+    PerChannel(Tensor),
+}
+
+impl Loss {
+    /// `variance` is that of the training pixels in [0, 1].
+    pub(crate) fn new(
+        config: &TrainConfig,
+        normalization: &Normalization,
+        variance: f64,
+        device: &Device,
+    ) -> Result<Self> {
+        // A constant data set has no variance to divide by.
+        let deviation = if variance > 0.0 { variance.sqrt() } else { 1.0 };
+        let factors: Vec<f64> =
+            normalization.std.iter().map(|&std| f64::from(std) / deviation).collect();
+        let first = factors.first().copied().unwrap_or(1.0);
+        let scale = if !config.normalize_by_variance {
+            Scale::Uniform(1.0)
+        } else if factors.iter().all(|factor| (factor - first).abs() <= f64::EPSILON * first) {
+            Scale::Uniform(first)
+        } else {
+            let factors: Vec<f32> = factors.iter().map(|&factor| factor as f32).collect();
+            Scale::PerChannel(Tensor::from_slice(&factors, (1, factors.len(), 1, 1), device)?)
+        };
+        Ok(Self { beta: config.beta, l1: config.l1, scale })
+    }
+
+    /// The loss (a scalar) and its terms for images `[B,C,H,W]` in the model's range.
+    pub(crate) fn of(&self, output: &Output, images: &Tensor) -> Result<(Tensor, Metrics)> {
+        let error = (&output.reconstruction - images)?;
+        let reconstruction = self.reconstruction(&error)?;
+        let commitment = (&output.commitment_loss * self.beta)?;
+        let loss = ((&reconstruction + &output.codebook_loss)? + commitment)?;
+        let value = |tensor: &Tensor| Ok::<_, crate::Error>(f64::from(tensor.to_scalar::<f32>()?));
+        let terms = Metrics::new()
+            .with("loss", value(&loss)?)
+            .with("reconstruction", value(&reconstruction)?)
+            .with("codebook", value(&output.codebook_loss)?)
+            .with("commitment", value(&output.commitment_loss)?);
+        Ok((loss, terms))
+    }
+
+    fn reconstruction(&self, error: &Tensor) -> Result<Tensor> {
+        // A uniform factor is cheaper on the scalar.
+        let (error, factor) = match &self.scale {
+            Scale::Uniform(factor) => (error.clone(), *factor),
+            Scale::PerChannel(factors) => (error.broadcast_mul(factors)?, 1.0),
+        };
+        let squared = (error.sqr()?.mean_all()? * (factor * factor))?;
+        if self.l1 == 0.0 {
+            return Ok(squared);
+        }
+        Ok((squared + (error.abs()?.mean_all()? * (factor * self.l1))?)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Var;
+    use vq_model::Codes;
+
+    use super::*;
+
+    fn output(reconstruction: &Tensor, codebook: f32, commitment: &Tensor) -> Output {
+        let device = Device::Cpu;
+        Output {
+            reconstruction: reconstruction.clone(),
+            codes: Codes { levels: Vec::new() },
+            codebook_loss: Tensor::new(codebook, &device).unwrap(),
+            commitment_loss: commitment.clone(),
+            z_e: Vec::new(),
+        }
+    }
+
+    /// Point 24: pixels and variance in the same units, whatever the model's range.
+    #[test]
+    fn the_normalised_error_does_not_depend_on_the_models_range() {
+        let pixels: Vec<f32> = (0..48).map(|i| i as f32 / 47.0).collect();
+        let wrong: Vec<f32> = pixels.iter().enumerate().map(|(i, p)| p + 0.01 * i as f32).collect();
+        let mean = pixels.iter().sum::<f32>() / 48.0;
+        let variance = f64::from(pixels.iter().map(|p| (p - mean).powi(2)).sum::<f32>() / 48.0);
+        let expected =
+            f64::from(pixels.iter().zip(&wrong).map(|(p, w)| (p - w).powi(2)).sum::<f32>() / 48.0)
+                / variance;
+        for normalization in [
+            Normalization::uniform(3, 0.5, 1.0),
+            Normalization::uniform(3, 0.5, 0.5),
+            Normalization { mean: vec![0.4, 0.5, 0.6], std: vec![0.2, 0.3, 0.25] },
+        ] {
+            let tensor = |values: &[f32]| {
+                let images = Tensor::from_slice(values, (1, 3, 4, 4), &Device::Cpu).unwrap();
+                normalization.normalize(&images).unwrap()
+            };
+            let config = TrainConfig::default();
+            let loss = Loss::new(&config, &normalization, variance, &Device::Cpu).unwrap();
+            let zero = Tensor::new(0f32, &Device::Cpu).unwrap();
+            let (_, terms) =
+                loss.of(&output(&tensor(&wrong), 0.0, &zero), &tensor(&pixels)).unwrap();
+            let found = terms.get("reconstruction").unwrap();
+            assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
+        }
+    }
+
+    /// Points 1 and 4: β multiplies the commitment, and it alone.
+    #[test]
+    fn beta_multiplies_the_commitment_alone() {
+        let z = Var::new(3f32, &Device::Cpu).unwrap();
+        let images = Tensor::zeros((1, 3, 2, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let normalization = Normalization::default();
+        for beta in [0.0, 0.25, 1.0] {
+            let config =
+                TrainConfig { beta, normalize_by_variance: false, ..TrainConfig::default() };
+            let loss = Loss::new(&config, &normalization, 0.06, &Device::Cpu).unwrap();
+            let output = output(&(&images + 0.5).unwrap(), 2.0, z.as_tensor());
+            let (loss, terms) = loss.of(&output, &images).unwrap();
+            let total = f64::from(loss.to_scalar::<f32>().unwrap());
+            assert!((total - (0.25 + 2.0 + beta * 3.0)).abs() < 1e-6);
+            assert_eq!(terms.get("commitment"), Some(3.0));
+            let gradient = loss.backward().unwrap().get(&z).unwrap().to_scalar::<f32>().unwrap();
+            assert!((f64::from(gradient) - beta).abs() < 1e-7);
+        }
+    }
+
+    #[test]
+    fn the_absolute_error_is_added_when_asked_for() {
+        let images = Tensor::zeros((1, 3, 2, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let config = TrainConfig { l1: 2.0, ..TrainConfig::default() };
+        let loss = Loss::new(&config, &Normalization::default(), 0.04, &Device::Cpu).unwrap();
+        let zero = Tensor::new(0f32, &Device::Cpu).unwrap();
+        let (_, terms) = loss.of(&output(&(&images - 0.1).unwrap(), 0.0, &zero), &images).unwrap();
+        // (0.1 / 0.2)² + 2·(0.1 / 0.2)
+        assert!((terms.get("reconstruction").unwrap() - 1.25).abs() < 1e-5);
+    }
+}

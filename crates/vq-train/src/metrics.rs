@@ -1,0 +1,194 @@
+//! Named numbers, and what a codebook's histogram says.
+
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de, ser::SerializeMap};
+
+/// Named numbers in a fixed order, e.g. the terms of a loss. Serialises as a map.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Metrics(Vec<(String, f64)>);
+
+impl Metrics {
+    /// No numbers.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With one more number; a name that is there already takes the new value.
+    #[must_use]
+    pub fn with(mut self, name: &str, value: f64) -> Self {
+        self.set(name, value);
+        self
+    }
+
+    /// Sets a number.
+    pub fn set(&mut self, name: &str, value: f64) {
+        match self.0.iter_mut().find(|(known, _)| known == name) {
+            Some((_, old)) => *old = value,
+            None => self.0.push((name.to_owned(), value)),
+        }
+    }
+
+    /// The number of that name.
+    pub fn get(&self, name: &str) -> Option<f64> {
+        self.0.iter().find(|(known, _)| known == name).map(|(_, value)| *value)
+    }
+
+    /// All names and numbers in order.
+    pub fn iter(&self) -> impl Iterator<Item = (&str, f64)> {
+        self.0.iter().map(|(name, value)| (name.as_str(), *value))
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Adds `weight · other`, name by name.
+    pub(crate) fn add_scaled(&mut self, other: &Self, weight: f64) {
+        for (name, value) in other.iter() {
+            self.set(name, self.get(name).unwrap_or(0.0) + weight * value);
+        }
+    }
+
+    /// Every number divided by `divisor`.
+    #[must_use]
+    pub(crate) fn divided(&self, divisor: f64) -> Self {
+        Self(self.0.iter().map(|(name, value)| (name.clone(), value / divisor)).collect())
+    }
+}
+
+impl Serialize for Metrics {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut map = serializer.serialize_map(Some(self.0.len()))?;
+        for (name, value) in &self.0 {
+            map.serialize_entry(name, value)?;
+        }
+        map.end()
+    }
+}
+
+impl<'de> Deserialize<'de> for Metrics {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Visitor;
+        impl<'de> de::Visitor<'de> for Visitor {
+            type Value = Metrics;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter) -> std::fmt::Result {
+                f.write_str("a map from names to numbers")
+            }
+
+            fn visit_map<A: de::MapAccess<'de>>(self, mut map: A) -> Result<Metrics, A::Error> {
+                let mut metrics = Metrics::new();
+                while let Some((name, value)) = map.next_entry::<String, f64>()? {
+                    metrics.set(&name, value);
+                }
+                Ok(metrics)
+            }
+        }
+        deserializer.deserialize_map(Visitor)
+    }
+}
+
+/// How one level's codebook is used: from one histogram over all codes looked at, never a mean of
+/// per-batch values.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Usage {
+    /// How often each of the K codes was chosen.
+    pub counts: Vec<u64>,
+}
+
+impl Usage {
+    /// Of a codebook of `codebook_size` codes, nothing counted yet.
+    pub fn new(codebook_size: usize) -> Self {
+        Self { counts: vec![0; codebook_size] }
+    }
+
+    /// Counts codes.
+    pub fn count(&mut self, codes: &[u32]) {
+        for &code in codes {
+            if let Some(count) = self.counts.get_mut(code as usize) {
+                *count += 1;
+            }
+        }
+    }
+
+    /// Adds another histogram of the same codebook.
+    pub fn add(&mut self, other: &Self) {
+        for (count, more) in self.counts.iter_mut().zip(&other.counts) {
+            *count += more;
+        }
+    }
+
+    /// Codes that were chosen at least once.
+    pub fn codes_in_use(&self) -> usize {
+        self.counts.iter().filter(|&&count| count > 0).count()
+    }
+
+    /// exp of the entropy (in nats) of the codes' frequencies: 1 if one code does it all, K if all
+    /// are equally frequent; 0 if nothing was counted.
+    pub fn perplexity(&self) -> f64 {
+        let total: u64 = self.counts.iter().sum();
+        if total == 0 {
+            return 0.0;
+        }
+        let entropy: f64 = self
+            .counts
+            .iter()
+            .filter(|&&count| count > 0)
+            .map(|&count| count as f64 / total as f64)
+            .map(|frequency| -frequency * frequency.ln())
+            .sum();
+        entropy.exp()
+    }
+
+    /// Whether the codebook has collapsed: under a tenth of the codes in use, or a perplexity under
+    /// a twentieth of their number. An empty histogram has not.
+    pub fn has_collapsed(&self) -> bool {
+        let size = self.counts.len();
+        let used = self.codes_in_use();
+        size > 1
+            && used > 0
+            && (used == 1 || used * 10 < size || self.perplexity() * 20.0 < size as f64)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn perplexity_comes_from_the_whole_histogram() {
+        let mut first = Usage::new(4);
+        first.count(&[0, 0, 1, 1]);
+        let mut second = Usage::new(4);
+        second.count(&[2, 2, 3, 3]);
+        assert!((first.perplexity() - 2.0).abs() < 1e-12);
+        let mut all = first.clone();
+        all.add(&second);
+        // The mean of the two would be 2.
+        assert!((all.perplexity() - 4.0).abs() < 1e-12);
+        assert_eq!((first.codes_in_use(), all.codes_in_use()), (2, 4));
+        assert!(Usage::new(4).perplexity().abs() < 1e-12);
+    }
+
+    #[test]
+    fn collapse_is_a_matter_of_share() {
+        let mut usage = Usage::new(512);
+        assert!(!usage.has_collapsed());
+        usage.count(&[0, 1, 2, 3, 4, 5, 6]);
+        assert!(usage.has_collapsed());
+        usage.count(&(0..300).collect::<Vec<u32>>());
+        assert!(!usage.has_collapsed());
+        let mut skewed = Usage::new(512);
+        skewed.count(&(0..512).collect::<Vec<u32>>());
+        skewed.counts[0] = 1_000_000;
+        assert!(skewed.has_collapsed());
+    }
+
+    #[test]
+    fn metrics_keep_their_order_through_json() {
+        let metrics = Metrics::new().with("z", 0.1).with("a", 1e-300).with("z", 0.3);
+        let text = serde_json::to_string(&metrics).unwrap();
+        assert_eq!(text, r#"{"z":0.3,"a":1e-300}"#);
+        assert_eq!(serde_json::from_str::<Metrics>(&text).unwrap(), metrics);
+    }
+}

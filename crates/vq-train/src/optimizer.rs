@@ -1,0 +1,189 @@
+//! `AdamW` over named parameters, with moments that can be saved and a moving average of the weights.
+
+use std::collections::BTreeMap;
+
+use candle_core::backprop::GradStore;
+use candle_core::{Tensor, Var};
+use vq_ops::{AdamWStep, adamw_step, sum_of_squares};
+
+use crate::{Result, TrainConfig};
+
+/// The optimizer's state.
+pub(crate) struct Optimizer {
+    first: BTreeMap<String, Tensor>,
+    second: BTreeMap<String, Tensor>,
+    /// Moving averages of the parameters, where they are kept.
+    averages: Option<BTreeMap<String, Tensor>>,
+}
+
+const FIRST: &str = "first_moment.";
+const SECOND: &str = "second_moment.";
+const WEIGHT: &str = "weight.";
+
+type Parameters = BTreeMap<String, Var>;
+
+impl Optimizer {
+    /// Moments of zero; averages that start at the parameters.
+    pub(crate) fn new(parameters: &Parameters, config: &TrainConfig) -> Result<Self> {
+        let zeros = || -> Result<BTreeMap<String, Tensor>> {
+            parameters.iter().map(|(name, var)| Ok((name.clone(), var.zeros_like()?))).collect()
+        };
+        let averages = if config.weight_ema > 0.0 { Some(copies(parameters)?) } else { None };
+        Ok(Self { first: zeros()?, second: zeros()?, averages })
+    }
+
+    /// One step (numbered from 1) on every parameter that has a gradient; the others stay, decay
+    /// included. `scale` is the factor that clipping puts on the gradients.
+    pub(crate) fn step(
+        &self,
+        parameters: &Parameters,
+        decays: impl Fn(&str, &Var) -> bool,
+        gradients: &GradStore,
+        config: &TrainConfig,
+        (step, lr, scale): (u64, f64, f64),
+    ) -> Result<()> {
+        for (name, var) in parameters {
+            let Some(gradient) = gradients.get(var) else { continue };
+            let (Some(first), Some(second)) = (self.first.get(name), self.second.get(name)) else {
+                continue;
+            };
+            let average = self.averages.as_ref().and_then(|averages| averages.get(name));
+            let settings = AdamWStep {
+                lr,
+                beta1: config.beta1,
+                beta2: config.beta2,
+                eps: config.eps,
+                weight_decay: if decays(name, var) { config.weight_decay } else { 0.0 },
+                step,
+                grad_scale: scale,
+                ema_decay: average.map(|_| average_decay(config.weight_ema, step)),
+            };
+            let gradient = gradient.contiguous()?;
+            adamw_step(var.as_tensor(), &gradient, first, second, average, &settings)?;
+        }
+        Ok(())
+    }
+
+    /// Forgets the moments of rows that were set anew, and sets their average to the new value.
+    pub(crate) fn reset_rows(
+        &self,
+        parameters: &Parameters,
+        name: &str,
+        rows: &[usize],
+    ) -> Result<()> {
+        let (Some(var), Some(first), Some(second)) =
+            (parameters.get(name), self.first.get(name), self.second.get(name))
+        else {
+            return Ok(());
+        };
+        for &row in rows {
+            let value = var.as_detached_tensor().narrow(0, row, 1)?.contiguous()?;
+            let zeros = value.zeros_like()?;
+            first.slice_set(&zeros, 0, row)?;
+            second.slice_set(&zeros, 0, row)?;
+            if let Some(average) = self.averages.as_ref().and_then(|averages| averages.get(name)) {
+                average.slice_set(&value, 0, row)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Runs `f` while the parameters hold their averages, if there are any, and puts them back.
+    pub(crate) fn with_averages<T>(
+        &self,
+        parameters: &Parameters,
+        f: impl FnOnce() -> Result<T>,
+    ) -> Result<T> {
+        let Some(averages) = &self.averages else { return f() };
+        let raw = copies(parameters)?;
+        let result = assign(parameters, averages).and_then(|()| f());
+        assign(parameters, &raw)?;
+        result
+    }
+
+    /// What a checkpoint must hold beside the model: the moments and, where the model's file holds
+    /// the averages, the parameters themselves.
+    pub(crate) fn tensors(&self, parameters: &Parameters) -> BTreeMap<String, Tensor> {
+        let mut tensors = BTreeMap::new();
+        for (prefix, moments) in [(FIRST, &self.first), (SECOND, &self.second)] {
+            for (name, tensor) in moments {
+                tensors.insert(format!("{prefix}{name}"), tensor.clone());
+            }
+        }
+        if self.averages.is_some() {
+            for (name, var) in parameters {
+                tensors.insert(format!("{WEIGHT}{name}"), var.as_detached_tensor());
+            }
+        }
+        tensors
+    }
+
+    /// The state that [`tensors`](Self::tensors) gave, for parameters just loaded from the model's
+    /// file. `Err` is the name of a tensor that is missing or of another shape.
+    pub(crate) fn restore(
+        parameters: &Parameters,
+        config: &TrainConfig,
+        tensors: &BTreeMap<String, Tensor>,
+    ) -> Result<std::result::Result<Self, String>> {
+        // The model's file holds the averages: they are what the parameters are now.
+        let restored = Self::new(parameters, config)?;
+        for (name, var) in parameters {
+            for (prefix, moments) in [(FIRST, &restored.first), (SECOND, &restored.second)] {
+                let key = format!("{prefix}{name}");
+                match (tensors.get(&key), moments.get(name)) {
+                    (Some(saved), Some(moment)) if saved.shape() == var.shape() => {
+                        set(moment, saved)?;
+                    }
+                    _ => return Ok(Err(key)),
+                }
+            }
+        }
+        for (name, var) in parameters {
+            if let Some(weight) = tensors.get(&format!("{WEIGHT}{name}")) {
+                if weight.shape() != var.shape() {
+                    return Ok(Err(format!("{WEIGHT}{name}")));
+                }
+                var.set(weight)?;
+            }
+        }
+        Ok(Ok(restored))
+    }
+}
+
+/// The global norm of the gradients, in f64 and in the order of the names.
+pub(crate) fn gradient_norm(parameters: &Parameters, gradients: &GradStore) -> Result<f64> {
+    let mut sum = 0.0;
+    for gradient in parameters.values().filter_map(|var| gradients.get(var)) {
+        sum += sum_of_squares(&gradient.contiguous()?)?;
+    }
+    Ok(sum.sqrt())
+}
+
+/// The factor that brings a norm down to `limit`; 0 = no limit.
+pub(crate) fn clip_scale(norm: f64, limit: f64) -> f64 {
+    if limit > 0.0 && norm > limit { limit / norm } else { 1.0 }
+}
+
+/// The first weights are far from the later ones: at first the average forgets faster.
+fn average_decay(decay: f64, step: u64) -> f64 {
+    decay.min((1.0 + step as f64) / (10.0 + step as f64))
+}
+
+fn copies(parameters: &Parameters) -> Result<BTreeMap<String, Tensor>> {
+    let copy = |(name, var): (&String, &Var)| Ok((name.clone(), var.as_detached_tensor().copy()?));
+    parameters.iter().map(copy).collect()
+}
+
+fn assign(parameters: &Parameters, values: &BTreeMap<String, Tensor>) -> Result<()> {
+    for (name, var) in parameters {
+        if let Some(value) = values.get(name) {
+            var.set(value)?;
+        }
+    }
+    Ok(())
+}
+
+/// Copies `value` into the storage of `target`.
+fn set(target: &Tensor, value: &Tensor) -> Result<()> {
+    Ok(target.flatten_all()?.slice_set(&value.contiguous()?.flatten_all()?, 0, 0)?)
+}

@@ -1,0 +1,145 @@
+//! The folder that a run writes.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use crate::checkpoint::{BEST, CHECKPOINTS, LAST};
+use crate::{Checkpoints, Error, Recipe, Result};
+
+/// The resolved recipe of a run.
+pub const RECIPE_FILE: &str = "config.toml";
+/// The metrics of a run, one JSON object per line.
+pub const METRICS_FILE: &str = "metrics.jsonl";
+
+/// The folder that a run writes: recipe, metrics, checkpoints, pictures.
+#[derive(Clone, Debug)]
+pub struct RunFolder {
+    path: PathBuf,
+}
+
+impl RunFolder {
+    /// For a new run: makes the folder and writes the recipe into it. A folder that holds a run is
+    /// refused, or, to `overwrite`, cleared of what runs write (and of nothing else).
+    pub fn create(path: impl Into<PathBuf>, recipe: &Recipe, overwrite: bool) -> Result<Self> {
+        let run = Self { path: path.into() };
+        if run.is_occupied() {
+            if !overwrite {
+                return Err(Error::Occupied { path: run.path });
+            }
+            run.clear()?;
+        }
+        fs::create_dir_all(&run.path).map_err(Error::write(&run.path))?;
+        recipe.save(&run.recipe_file())?;
+        Ok(run)
+    }
+
+    /// Of a run that is to go on.
+    pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
+        let run = Self { path: path.into() };
+        if run.recipe_file().is_file() {
+            return Ok(run);
+        }
+        let problem = format!(
+            "holds no {RECIPE_FILE}, so there is no run to resume; start one without --resume"
+        );
+        Err(Error::NoRun { path: run.path, problem })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The file of the recipe.
+    pub fn recipe_file(&self) -> PathBuf {
+        self.path.join(RECIPE_FILE)
+    }
+
+    /// The file of the metrics.
+    pub fn metrics_file(&self) -> PathBuf {
+        self.path.join(METRICS_FILE)
+    }
+
+    /// The checkpoints.
+    pub fn checkpoints(&self) -> Checkpoints {
+        Checkpoints::new(&self.path)
+    }
+
+    /// The recipe that the run was started with.
+    pub fn recipe(&self) -> Result<Recipe> {
+        Recipe::from_file(&self.recipe_file())
+    }
+
+    fn is_occupied(&self) -> bool {
+        [RECIPE_FILE, METRICS_FILE, CHECKPOINTS, LAST, BEST]
+            .iter()
+            .any(|name| fs::symlink_metadata(self.path.join(name)).is_ok())
+    }
+
+    fn clear(&self) -> Result<()> {
+        for entry in fs::read_dir(&self.path).map_err(Error::read(&self.path))? {
+            let path = entry.map_err(Error::read(&self.path))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let removed = match name.as_str() {
+                CHECKPOINTS => fs::remove_dir_all(&path),
+                RECIPE_FILE | METRICS_FILE | LAST | BEST | "curves.svg" | "codebook.svg" => {
+                    fs::remove_file(&path)
+                }
+                name if is_picture(name) => fs::remove_file(&path),
+                _ => Ok(()),
+            };
+            removed.map_err(Error::write(&path))?;
+        }
+        Ok(())
+    }
+}
+
+/// `epoch_N_orig.png`, `epoch_N_recon.png`
+fn is_picture(name: &str) -> bool {
+    name.strip_prefix("epoch_")
+        .and_then(|rest| rest.strip_suffix("_orig.png").or(rest.strip_suffix("_recon.png")))
+        .is_some_and(|number| number.parse::<u64>().is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_run_is_refused_unless_it_is_to_be_overwritten() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run");
+        let recipe = Recipe::default();
+        let run = RunFolder::create(&path, &recipe, false).unwrap();
+        assert_eq!(run.recipe().unwrap(), recipe);
+        assert_eq!(RunFolder::open(&path).unwrap().recipe().unwrap(), recipe);
+
+        let error = RunFolder::create(&path, &recipe, false).unwrap_err().to_string();
+        for way in ["--resume", "--out", "--overwrite"] {
+            assert!(error.contains(way), "{error}");
+        }
+        for name in
+            ["epoch_1_orig.png", "metrics.jsonl", "curves.svg", "epoch_x_orig.png", "notes.txt"]
+        {
+            fs::write(path.join(name), "x").unwrap();
+        }
+        RunFolder::create(&path, &recipe, true).unwrap();
+        let mut left: Vec<String> = fs::read_dir(&path)
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
+            .collect();
+        left.sort();
+        assert_eq!(left, ["config.toml", "epoch_x_orig.png", "notes.txt"]);
+    }
+
+    #[test]
+    fn folders_that_cannot_be_used_are_named() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "x").unwrap();
+        let error = RunFolder::create(file.join("run"), &Recipe::default(), false).unwrap_err();
+        assert!(error.to_string().contains("file"), "{error}");
+        let error = RunFolder::open(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("config.toml") && error.contains("--resume"), "{error}");
+    }
+}

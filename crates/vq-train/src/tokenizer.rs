@@ -1,0 +1,259 @@
+//! A VQ-VAE with its data and its loss, as something to train.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use candle_core::{Device, Tensor, Var};
+use vq_data::{Batch, Dataset, Loader, LoaderOptions, Splits};
+use vq_model::{CodebookUpdate, Codes, Config, VqVae};
+
+use crate::evaluate::{count_codes, data_normalization, empty_usage};
+use crate::loss::Loss;
+use crate::recipe_toml::first_difference;
+use crate::{
+    Error, EvaluateOptions, Evaluation, Forward, Recipe, Result, TrainConfig, Trainable, Update,
+    evaluate,
+};
+
+/// A VQ-VAE with its data and its loss.
+pub struct Tokenizer {
+    model: VqVae,
+    loader: Loader,
+    test: Arc<dyn Dataset>,
+    variance: f64,
+    loss: Loss,
+    config: TrainConfig,
+}
+
+/// What a step leaves for the codebooks' update.
+pub struct Residue {
+    z_e: Vec<Tensor>,
+    codes: Codes,
+}
+
+impl Tokenizer {
+    /// A fresh model of `recipe.model` (with the data's class names, where it has none of its own)
+    /// that learns from `splits`. Checks the recipe.
+    pub fn new(recipe: &Recipe, splits: &Splits, device: &Device) -> Result<Self> {
+        recipe.validate()?;
+        let mut config = recipe.model.clone();
+        if config.class_names.is_empty() {
+            config.class_names = splits.train.class_names().to_vec();
+        }
+        check_shape(&config, splits)?;
+        let model = VqVae::new(&config, recipe.train.seed, device)?;
+        let options = LoaderOptions {
+            batch_size: recipe.train.batch_size,
+            shuffle: true,
+            flip: recipe.data.flip,
+            drop_last: true,
+            seed: recipe.train.seed,
+            prefetch: recipe.train.prefetch,
+        };
+        let normalization = data_normalization(&config.normalization);
+        let loader = Loader::new(splits.train.clone(), normalization, options)?;
+        let variance = vq_data::pixel_variance(splits.train.as_ref())?;
+        let loss = Loss::new(&recipe.train, &config.normalization, variance, device)?;
+        let (test, config) = (splits.test.clone(), recipe.train.clone());
+        Ok(Self { model, loader, test, variance, loss, config })
+    }
+
+    /// The model as it stands.
+    pub fn model(&self) -> &VqVae {
+        &self.model
+    }
+
+    /// Variance of the training pixels in [0, 1].
+    pub fn variance(&self) -> f64 {
+        self.variance
+    }
+
+    /// Vectors that each level quantizes in a step.
+    fn tokens_per_step(&self) -> Result<Vec<usize>> {
+        let [height, width] = self.model.config().image_size;
+        let grids = self.model.config().grids(height, width)?;
+        Ok(grids.iter().map(|[h, w]| h * w * self.config.batch_size).collect())
+    }
+}
+
+impl Trainable for Tokenizer {
+    type Batch = Batch;
+    type Residue = Residue;
+
+    fn batches_per_epoch(&self) -> usize {
+        self.loader.batches_per_epoch()
+    }
+
+    fn batches(&self, epoch: u64, first: usize) -> Box<dyn Iterator<Item = Result<Batch>> + Send> {
+        Box::new(self.loader.epoch(epoch, first).map(|batch| batch.map_err(Error::from)))
+    }
+
+    fn parameters(&self) -> &BTreeMap<String, Var> {
+        self.model.parameters()
+    }
+
+    /// Weights of convolutions; neither biases nor codebooks, which a pull to zero would only harm.
+    fn decays(&self, name: &str, parameter: &Var) -> bool {
+        parameter.rank() > 1 && !name.ends_with(".codebook")
+    }
+
+    /// k-means on the encoder's outputs for the first batches.
+    fn prepare(&mut self) -> Result<()> {
+        let rounds = self.config.kmeans.rounds;
+        if rounds == 0 || self.model.codebooks_initialized()? {
+            return Ok(());
+        }
+        let mut pools: Vec<Vec<Tensor>> = vec![Vec::new(); self.model.config().levels.len()];
+        let mut vectors = 0;
+        for batch in self.loader.epoch(0, 0) {
+            let images = batch?.images.to_device(self.model.device())?;
+            for (pool, z_e) in pools.iter_mut().zip(self.model.evaluate(&images)?.z_e) {
+                let dim = z_e.dim(candle_core::D::Minus1)?;
+                pool.push(z_e.reshape(((), dim))?);
+            }
+            vectors += pools.first().and_then(|pool| pool.last()).map_or(Ok(0), |z| z.dim(0))?;
+            if vectors >= self.config.kmeans.vectors {
+                break;
+            }
+        }
+        let pools: Vec<Tensor> =
+            pools.iter().map(|pool| Tensor::cat(pool, 0)).collect::<candle_core::Result<_>>()?;
+        Ok(self.model.initialize_codebooks(&pools, rounds, self.config.seed)?)
+    }
+
+    fn forward(&self, batch: &Batch) -> Result<Forward<Residue>> {
+        let images = batch.images.to_device(self.model.device())?;
+        let output = self.model.forward(&images)?;
+        let (loss, terms) = self.loss.of(&output, &images)?;
+        let mut usage = empty_usage(&self.model);
+        count_codes(&mut usage, &output.codes.levels)?;
+        let residue = Residue { z_e: output.z_e, codes: output.codes };
+        Ok(Forward { loss, terms, examples: batch.indices.len(), usage, residue })
+    }
+
+    fn update(&mut self, residue: Residue, step: u64) -> Result<Update> {
+        let options = CodebookUpdate {
+            revive_threshold: self.config.revival.threshold,
+            seed: self.config.seed,
+        };
+        let reports = self.model.update_codebooks(&residue.z_e, &residue.codes, &options, step)?;
+        let mut update = Update::default();
+        for report in reports {
+            update.revived += report.revived.len();
+            if let Some(parameter) = report.parameter
+                && !report.revived.is_empty()
+            {
+                update.reset_rows.push((parameter, report.revived));
+            }
+        }
+        Ok(update)
+    }
+
+    fn evaluate(&self, stop: &AtomicBool) -> Result<Option<Evaluation>> {
+        let options = EvaluateOptions {
+            batch_size: self.config.batch_size,
+            variance: self.variance,
+            samples: self.config.samples,
+            stop: Some(stop),
+        };
+        evaluate(&self.model, &self.test, options)
+    }
+
+    fn concerns(&self) -> Vec<String> {
+        let threshold = self.config.revival.threshold;
+        let tokens = self.tokens_per_step().unwrap_or_default();
+        let mut concerns = Vec::new();
+        for (index, (level, tokens)) in self.model.config().levels.iter().zip(tokens).enumerate() {
+            let mean = tokens as f64 / level.quantizer.codebook_size as f64;
+            concerns.extend(revival_concern(threshold, mean, level.quantizer.decay).map(
+                |problem| {
+                    format!(
+                        "train.revival.threshold = {threshold} at model.levels.{index}: {problem}"
+                    )
+                },
+            ));
+        }
+        concerns
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        Ok(self.model.save(folder)?)
+    }
+
+    fn load(&mut self, folder: &Path) -> Result<()> {
+        let model = VqVae::from_pretrained(folder, self.model.device())?;
+        if let Some((key, was, now)) = first_difference(model.config(), self.model.config())? {
+            return Err(Error::ResumeMismatch { key: format!("model.{key}"), was, now });
+        }
+        self.model = model;
+        Ok(())
+    }
+}
+
+/// Why revival at this threshold would keep replacing codes that are in use, if it would. `mean` is
+/// how often a code is chosen per step on average, `decay` that of its moving average.
+fn revival_concern(threshold: f64, mean: f64, decay: f64) -> Option<String> {
+    if threshold <= 0.0 {
+        return None;
+    }
+    if threshold >= 1.0 {
+        return Some(
+            "a code of average use already counts as dead, so the codebook is redrawn all the time; \
+             use a share well below 1, such as 0.1"
+                .into(),
+        );
+    }
+    // Unused from now on, a code of average use falls under the threshold after this many steps.
+    let steps = threshold.ln() / decay.max(f64::MIN_POSITIVE).ln();
+    let expected = mean * steps;
+    (expected < 3.0).then(|| {
+        format!(
+            "a code of average use is chosen {mean:.2} times per step, and {expected:.1} times in the \
+             steps after which it counts as dead, so chance alone will kill codes; use larger batches, \
+             fewer codes, a quantizer.decay nearer to 1, or a lower threshold"
+        )
+    })
+}
+
+fn check_shape(config: &Config, splits: &Splits) -> Result<()> {
+    for dataset in [&splits.train, &splits.test] {
+        let shape = dataset.shape();
+        if shape.channels != config.channels {
+            let problem = format!(
+                "is {}, but the images of {} have {} channels",
+                config.channels,
+                dataset.name(),
+                shape.channels
+            );
+            return Err(Error::config("model.channels", problem));
+        }
+        if [shape.height, shape.width] != config.image_size {
+            let problem = format!(
+                "is {:?}, but the images of {} are {}×{}",
+                config.image_size,
+                dataset.name(),
+                shape.height,
+                shape.width
+            );
+            return Err(Error::config("model.image_size", problem));
+        }
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Point 14.
+    #[test]
+    fn a_threshold_above_what_mean_usage_allows_is_a_concern() {
+        assert!(revival_concern(0.1, 16.0, 0.99).is_none());
+        assert!(revival_concern(0.0, 1e-6, 0.99).is_none());
+        assert!(revival_concern(1.0, 16.0, 0.99).unwrap().contains("below 1"));
+        assert!(revival_concern(0.1, 0.001, 0.99).unwrap().contains("chance"));
+        assert!(revival_concern(0.1, 0.1, 0.0).is_some());
+    }
+}

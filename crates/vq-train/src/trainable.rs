@@ -1,0 +1,107 @@
+//! What the trainer asks of the thing that it trains.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::AtomicBool;
+
+use candle_core::{Tensor, Var};
+
+use crate::{Metrics, Result, Usage};
+
+/// A model with its data and its loss: a [`Tokenizer`](crate::Tokenizer) today, a prior over its
+/// codes later.
+///
+/// [`forward`](Self::forward) and [`evaluate`](Self::evaluate) take `&self` and must not change the
+/// model; [`update`](Self::update) is where anything but the optimizer does.
+pub trait Trainable {
+    /// What one step learns from.
+    type Batch;
+    /// What [`forward`](Self::forward) leaves for [`update`](Self::update).
+    type Residue;
+
+    /// Steps in an epoch.
+    fn batches_per_epoch(&self) -> usize;
+
+    /// The batches of an epoch (from 0), from number `first` on. They must depend on the seed, the
+    /// epoch and their number alone.
+    fn batches(
+        &self,
+        epoch: u64,
+        first: usize,
+    ) -> Box<dyn Iterator<Item = Result<Self::Batch>> + Send>;
+
+    /// What the optimizer trains, by name.
+    fn parameters(&self) -> &BTreeMap<String, Var>;
+
+    /// Whether weight decay applies to that parameter.
+    fn decays(&self, name: &str, parameter: &Var) -> bool;
+
+    /// Called once, before the first step of a run, e.g. to place the codes by k-means.
+    fn prepare(&mut self) -> Result<()>;
+
+    /// The loss of a batch.
+    fn forward(&self, batch: &Self::Batch) -> Result<Forward<Self::Residue>>;
+
+    /// Called after the optimizer's step (numbered from 1), e.g. to move an EMA codebook.
+    fn update(&mut self, residue: Self::Residue, step: u64) -> Result<Update>;
+
+    /// Judges the model on the test split; `None` if `stop` was raised meanwhile.
+    fn evaluate(&self, stop: &AtomicBool) -> Result<Option<Evaluation>>;
+
+    /// Whether these settings ask for trouble; one message each.
+    fn concerns(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Writes the model's files into a folder that is there and empty.
+    fn save(&self, folder: &Path) -> Result<()>;
+
+    /// Takes the model from a folder that [`save`](Self::save) wrote. Changes nothing on an error.
+    fn load(&mut self, folder: &Path) -> Result<()>;
+}
+
+/// What one batch gives.
+pub struct Forward<R> {
+    /// The scalar to descend on.
+    pub loss: Tensor,
+    /// The terms that the loss is made of, as they are reported.
+    pub terms: Metrics,
+    /// Images in the batch.
+    pub examples: usize,
+    /// Codes used by the batch, one histogram per level.
+    pub usage: Vec<Usage>,
+    /// For [`Trainable::update`].
+    pub residue: R,
+}
+
+/// What [`Trainable::update`] did beside the optimizer.
+#[derive(Clone, Debug, Default)]
+pub struct Update {
+    /// Rows of parameters that were set anew, so that their moments no longer apply:
+    /// (parameter, rows).
+    pub reset_rows: Vec<(String, Vec<usize>)>,
+    /// Codes that were revived, over all levels.
+    pub revived: usize,
+}
+
+/// How good a model is on the test split, from whole-set statistics.
+#[derive(Clone, Debug)]
+pub struct Evaluation {
+    /// For a tokenizer: see [`evaluate`](crate::evaluate()).
+    pub metrics: Metrics,
+    /// What `best` goes by: higher is better.
+    pub score: f64,
+    /// Codes used by the whole set, one histogram per level.
+    pub usage: Vec<Usage>,
+    /// The same few images every time.
+    pub samples: Option<Samples>,
+}
+
+/// A few images and what became of them, both `[N,C,H,W]` f32 in [0, 1] on the CPU.
+#[derive(Clone, Debug)]
+pub struct Samples {
+    /// As they are in the data.
+    pub originals: Tensor,
+    /// After encoding and decoding.
+    pub reconstructions: Tensor,
+}
