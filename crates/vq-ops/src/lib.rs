@@ -9,6 +9,7 @@
 pub mod composed;
 mod conv;
 mod cpu;
+mod fused;
 mod nearest;
 mod optimizer;
 mod stack;

@@ -1,7 +1,9 @@
 //! Chains of layers that run as one operation.
 
-use candle_core::{Result, Tensor, bail};
+use candle_core::{DType, Result, Tensor, bail};
 
+use crate::cpu::buffers::Buffers;
+use crate::fused::FusedStack;
 use crate::{Conv2d, ConvTranspose2d};
 
 /// One layer of a [`Stack`].
@@ -121,6 +123,7 @@ impl Layer {
 #[derive(Clone, Debug)]
 pub struct Stack {
     layers: Vec<Layer>,
+    buffers: Buffers,
 }
 
 impl Stack {
@@ -141,7 +144,7 @@ impl Stack {
                 );
             }
         }
-        Ok(Self { layers })
+        Ok(Self { layers, buffers: Buffers::default() })
     }
 
     /// The layers, first to last.
@@ -167,7 +170,15 @@ impl Stack {
     /// `x` `[B, H, W, Cin]` → `[B, H', W', Cout]`. `params` holds every layer's
     /// [`Layer::parameters`], in order. Differentiable in `x` and in `params`.
     pub fn forward(&self, x: &Tensor, params: &[Tensor]) -> Result<Tensor> {
-        self.forward_layerwise(x, params)
+        if !x.device().is_cpu() || x.dtype() != DType::F32 {
+            return self.forward_layerwise(x, params);
+        }
+        self.check_parameters(params)?;
+        let flat = params.iter().map(Tensor::flatten_all).collect::<Result<Vec<_>>>()?;
+        let theta = Tensor::cat(&flat, 0)?;
+        let keep = x.track_op() || theta.track_op();
+        let op = FusedStack::new(&self.layers, x.dims(), &self.buffers, keep)?;
+        x.contiguous()?.apply_op2(&theta, op)
     }
 
     /// [`Stack::forward`] through [`crate::conv2d`] and [`crate::conv_transpose2d`], one by one:

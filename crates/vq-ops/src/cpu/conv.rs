@@ -28,6 +28,7 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
+    #[cfg(test)]
     pub(crate) fn weight_len(&self) -> usize {
         self.small.channels * self.large.channels * self.kernel.0 * self.kernel.1
     }
