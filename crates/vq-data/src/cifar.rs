@@ -73,7 +73,7 @@ mod reader {
     use std::path::Path;
     use std::sync::Arc;
 
-    use candle_core::{DType, Tensor};
+    use candle_core::{DType, Storage, Tensor};
     use rayon::prelude::*;
 
     use super::FILES;
@@ -151,18 +151,19 @@ mod reader {
         labels: &Tensor,
         class_names: Vec<String>,
     ) -> Result<InMemory, Error> {
-        const CHUNK: usize = 500;
-        let count = images.dim(0)?;
-        let mut pixels = vec![0; count * SHAPE.pixels()];
-        pixels.par_chunks_mut(CHUNK * SHAPE.pixels()).enumerate().try_for_each(|(i, out)| {
-            let images = images.narrow(0, i * CHUNK, out.len() / SHAPE.pixels())?;
-            let values = images.flatten_all()?.to_vec1::<f32>()?;
-            for (pixel, value) in out.iter_mut().zip(values) {
-                *pixel = (value * 255.0).round() as u8;
-            }
-            Ok::<_, Error>(())
-        })?;
+        let flat = images.flatten_all()?;
         drop(images);
+        let pixels = {
+            let (storage, layout) = flat.storage_and_layout();
+            let Storage::Cpu(storage) = &*storage else {
+                return Err(Error::Dataset(format!("{name} was read to another device")));
+            };
+            let (start, end) = layout.contiguous_offsets().unwrap_or((0, 0));
+            let values = storage.as_slice::<f32>()?.get(start..end).unwrap_or_default();
+            // Adding a half and cutting rounds as `round` does here, several times as fast.
+            values.par_iter().with_min_len(1 << 16).map(|v| (v * 255.0 + 0.5) as u8).collect()
+        };
+        drop(flat);
         let labels = labels.to_dtype(DType::U32)?.to_vec1()?;
         InMemory::new(name, SHAPE, pixels, labels, class_names)
     }

@@ -52,6 +52,7 @@ pub struct Batch {
 #[derive(Clone)]
 pub struct Loader {
     dataset: Arc<dyn Dataset>,
+    normalization: Normalization,
     tables: Arc<[[f32; 256]]>,
     options: LoaderOptions,
     /// Threads of its own for costly reads: waiting for the global pool could wait for the very
@@ -89,12 +90,17 @@ impl Loader {
             None
         };
         let tables = normalization.tables().into();
-        Ok(Self { dataset, tables, options, pool })
+        Ok(Self { dataset, normalization, tables, options, pool })
     }
 
     /// The dataset that the batches are made of.
     pub fn dataset(&self) -> &Arc<dyn Dataset> {
         &self.dataset
+    }
+
+    /// What is done to the pixels.
+    pub fn normalization(&self) -> &Normalization {
+        &self.normalization
     }
 
     /// How the batches are made.
@@ -230,7 +236,7 @@ impl Worker {
     }
 
     fn make_batch(&mut self) -> Result<Batch, Error> {
-        let Loader { dataset, tables, options, pool } = &self.loader;
+        let Loader { dataset, tables, options, pool, .. } = &self.loader;
         let (len, seed) = (dataset.len(), options.seed);
         let (order, flips) = self.shuffled.get_or_insert_with(|| {
             let order = if options.shuffle {
@@ -311,3 +317,6 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
         .or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     format!("it panicked: {}", text.unwrap_or("with no message"))
 }
+
+#[cfg(test)]
+mod tests;

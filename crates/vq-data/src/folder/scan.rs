@@ -37,17 +37,14 @@ pub(super) fn scan(root: &Path, notes: &mut Vec<String>) -> Result<Found, Error>
         _ => return Err(Error::NotAFolder(root.into())),
     }
     let mut files = Vec::new();
-    match split_folders(root, notes)? {
-        Some((train, test)) => {
-            walk(&root.join(&train), &mut vec![train], &mut Vec::new(), &mut files)?;
-            let first_of_test = files.len();
-            walk(&root.join(&test), &mut vec![test], &mut Vec::new(), &mut files)?;
-            Ok(classify(files, Some(first_of_test)))
-        }
-        None => {
-            walk(root, &mut Vec::new(), &mut Vec::new(), &mut files)?;
-            Ok(classify(files, None))
-        }
+    if let Some((train, test)) = split_folders(root, notes)? {
+        walk(&root.join(&train), &mut vec![train], &mut Vec::new(), &mut files)?;
+        let first_of_test = files.len();
+        walk(&root.join(&test), &mut vec![test], &mut Vec::new(), &mut files)?;
+        Ok(classify(files, Some(first_of_test)))
+    } else {
+        walk(root, &mut Vec::new(), &mut Vec::new(), &mut files)?;
+        Ok(classify(files, None))
     }
 }
 

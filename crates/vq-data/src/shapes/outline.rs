@@ -4,11 +4,11 @@
 
 use super::CLASSES;
 
-/// The distance of point (x, y) to the outline of the shape of a class, which fits into the unit
+/// The distance of point (x, y) to the outline of the shape of a class, which about fits into the unit
 /// circle.
 pub(super) fn distance(class: u32, x: f32, y: f32) -> f32 {
     match CLASSES.get(class as usize).copied() {
-        Some("square") => rectangle(x, y, 0.8, 0.8),
+        Some("square") => rectangle(x, y, 0.78, 0.78),
         Some("triangle") => triangle(x, -y),
         Some("hexagon") => hexagon(x, y),
         Some("star") => star(x, -y),

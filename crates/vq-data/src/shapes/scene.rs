@@ -22,7 +22,7 @@ pub(super) fn draw(seed: u64, index: u64, height: usize, width: usize, out: &mut
         let x = (column as f32 + 0.5 - width as f32 / 2.0) / pixels;
         let y = (row as f32 + 0.5 - height as f32 / 2.0) / pixels;
         for (c, value) in scene.at(x, y, pixels).into_iter().enumerate() {
-            out[c * plane + i] = (value * 255.0).round() as u8;
+            out[c * plane + i] = (value * 255.0 + 0.5) as u8;
         }
     }
     scene.class

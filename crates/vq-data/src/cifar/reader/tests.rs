@@ -1,7 +1,6 @@
 use std::fs;
 
 use super::*;
-use crate::Dataset;
 
 /// A whole data set of pseudo-random bytes; returns its folder and the bytes of each file.
 fn write_set() -> (tempfile::TempDir, Vec<Vec<u8>>) {
