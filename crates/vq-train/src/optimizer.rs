@@ -187,3 +187,112 @@ fn assign(parameters: &Parameters, values: &BTreeMap<String, Tensor>) -> Result<
 fn set(target: &Tensor, value: &Tensor) -> Result<()> {
     Ok(target.flatten_all()?.slice_set(&value.contiguous()?.flatten_all()?, 0, 0)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn config(weight_ema: f64) -> TrainConfig {
+        TrainConfig { weight_ema, ..TrainConfig::default() }
+    }
+
+    fn parameters() -> Parameters {
+        let codebook = Var::from_slice(&[1f32, 2., 3., 4., 5., 6.], (3, 2), &Device::Cpu).unwrap();
+        BTreeMap::from([("codebook".to_owned(), codebook)])
+    }
+
+    fn step(optimizer: &Optimizer, parameters: &Parameters, step: u64, weight_ema: f64) {
+        let gradients =
+            parameters["codebook"].sqr().unwrap().sum_all().unwrap().backward().unwrap();
+        let settings = config(weight_ema);
+        optimizer.step(parameters, |_, _| false, &gradients, &settings, (step, 0.1, 1.0)).unwrap();
+    }
+
+    fn rows(tensor: &Tensor) -> Vec<Vec<f32>> {
+        tensor.to_vec2().unwrap()
+    }
+
+    /// Point 13: a revived row of a gradient codebook starts with fresh moments.
+    #[test]
+    fn reset_rows_forget_their_moments_and_the_others_do_not() {
+        let parameters = parameters();
+        let optimizer = Optimizer::new(&parameters, &config(0.9)).unwrap();
+        step(&optimizer, &parameters, 1, 0.9);
+        let before = (rows(&optimizer.first["codebook"]), rows(&optimizer.second["codebook"]));
+        optimizer.reset_rows(&parameters, "codebook", &[1]).unwrap();
+        let after = (rows(&optimizer.first["codebook"]), rows(&optimizer.second["codebook"]));
+        for (before, after) in [(before.0, after.0), (before.1, after.1)] {
+            assert!(before.iter().flatten().all(|&value| value != 0.0));
+            assert_eq!(after[1], [0.0, 0.0]);
+            assert_eq!((&after[0], &after[2]), (&before[0], &before[2]));
+        }
+        // The average of the row is what the row was set to.
+        let averages = rows(&optimizer.averages.as_ref().unwrap()["codebook"]);
+        let now = rows(parameters["codebook"].as_tensor());
+        assert_eq!(averages[1], now[1]);
+        assert_ne!(averages[0], now[0]);
+    }
+
+    #[test]
+    fn a_restored_optimizer_goes_on_to_the_bit() {
+        for weight_ema in [0.0, 0.9] {
+            let straight = parameters();
+            let optimizer = Optimizer::new(&straight, &config(weight_ema)).unwrap();
+            step(&optimizer, &straight, 1, weight_ema);
+            // What the model's file and the training state hold.
+            let model = optimizer.with_averages(&straight, || copies(&straight)).unwrap();
+            let saved: BTreeMap<String, Tensor> = optimizer
+                .tensors(&straight)
+                .into_iter()
+                .map(|(name, tensor)| (name, tensor.copy().unwrap()))
+                .collect();
+            step(&optimizer, &straight, 2, weight_ema);
+
+            let resumed = parameters();
+            assign(&resumed, &model).unwrap();
+            let restored =
+                Optimizer::restore(&resumed, &config(weight_ema), &saved).unwrap().ok().unwrap();
+            step(&restored, &resumed, 2, weight_ema);
+            let all = |optimizer: &Optimizer, parameters: &Parameters| -> Vec<Vec<Vec<f32>>> {
+                let averages = optimizer.averages.iter().flat_map(|averages| averages.values());
+                let tensors = optimizer.tensors(parameters);
+                tensors
+                    .values()
+                    .chain(averages)
+                    .map(rows)
+                    .chain([rows(&parameters["codebook"])])
+                    .collect()
+            };
+            assert_eq!(all(&optimizer, &straight), all(&restored, &resumed));
+        }
+    }
+
+    #[test]
+    fn tensors_that_are_missing_or_of_another_shape_are_named() {
+        let parameters = parameters();
+        let optimizer = Optimizer::new(&parameters, &config(0.0)).unwrap();
+        let restore = |tensors: &BTreeMap<String, Tensor>| {
+            Optimizer::restore(&parameters, &config(0.0), tensors).unwrap().err()
+        };
+        let mut tensors = optimizer.tensors(&parameters);
+        assert_eq!(restore(&tensors), None);
+        let wrong = Tensor::zeros((2, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+        tensors.insert("second_moment.codebook".into(), wrong);
+        assert_eq!(restore(&tensors).as_deref(), Some("second_moment.codebook"));
+        tensors.remove("first_moment.codebook");
+        assert_eq!(restore(&tensors).as_deref(), Some("first_moment.codebook"));
+    }
+
+    #[test]
+    fn the_norm_is_that_of_all_gradients_and_clipping_scales_it_down() {
+        let parameters = parameters();
+        let gradients = parameters["codebook"].sum_all().unwrap().backward().unwrap();
+        let norm = gradient_norm(&parameters, &gradients).unwrap();
+        assert!((norm - 6f64.sqrt()).abs() < 1e-12);
+        assert!((clip_scale(norm, 1.0) * norm - 1.0).abs() < 1e-12);
+        assert!((clip_scale(norm, 0.0) - 1.0).abs() < 1e-12);
+        assert!((clip_scale(0.5, 1.0) - 1.0).abs() < 1e-12);
+    }
+}

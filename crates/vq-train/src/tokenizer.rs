@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use candle_core::{Device, Tensor, Var};
 use vq_data::{Batch, Dataset, Loader, LoaderOptions, Splits};
-use vq_model::{CodebookUpdate, Codes, Config, VqVae};
+use vq_model::{CodebookRule, CodebookUpdate, Codes, Config, VqVae};
 
 use crate::evaluate::{count_codes, data_normalization, empty_usage};
 use crate::loss::Loss;
@@ -176,6 +176,28 @@ impl Trainable for Tokenizer {
             ));
         }
         concerns
+    }
+
+    fn collapse_advice(&self, level: usize) -> String {
+        let quantizer = format!("model.levels.{level}.quantizer");
+        let rule = self.model.config().levels.get(level).map(|level| level.quantizer.rule);
+        let mut advice = Vec::new();
+        if rule == Some(CodebookRule::Gradient) {
+            advice.push(format!("{quantizer}.rule = \"ema\""));
+        }
+        if self.config.kmeans.rounds == 0 {
+            advice.push("train.kmeans.rounds = 10".to_owned());
+        }
+        if self.config.revival.threshold == 0.0 {
+            advice.push("train.revival.threshold = 0.1".to_owned());
+        }
+        if advice.is_empty() {
+            return format!(
+                "revival may still mend it; otherwise try a lower train.lr, a longer \
+                 train.warmup_steps, a lower {quantizer}.decay or a smaller {quantizer}.codebook_size"
+            );
+        }
+        format!("set {}, as in the recipe cifar10", advice.join(", "))
     }
 
     fn save(&self, folder: &Path) -> Result<()> {

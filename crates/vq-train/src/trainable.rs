@@ -53,6 +53,11 @@ pub trait Trainable {
         Vec::new()
     }
 
+    /// What to try when the codebook of a level has collapsed.
+    fn collapse_advice(&self, level: usize) -> String {
+        format!("try a smaller codebook at level {level}")
+    }
+
     /// Writes the model's files into a folder that is there and empty.
     fn save(&self, folder: &Path) -> Result<()>;
 

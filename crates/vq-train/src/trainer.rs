@@ -348,19 +348,21 @@ impl<T: Trainable> Trainer<T> {
 
     /// Says so once in a run if a level's codebook has collapsed.
     fn report_collapse(&mut self, usage: &[Usage]) -> Result<()> {
-        if self.progress.collapse_reported {
+        // Most codebooks are in disorder at the very start.
+        let is_early = self.progress.step < self.total_steps().min(COLLAPSE_WINDOW as u64);
+        if self.progress.collapse_reported || is_early {
             return Ok(());
         }
         let collapsed = usage.iter().enumerate().find(|(_, usage)| usage.has_collapsed());
         let Some((level, usage)) = collapsed else { return Ok(()) };
         self.progress.collapse_reported = true;
         let message = format!(
-            "the codebook of level {level} has collapsed: {} of {} codes in use, perplexity {:.1}, over \
-             the epoch so far. Use model.levels.{level}.quantizer.rule = \"ema\" with \
-             train.kmeans.rounds = 10 and train.revival.threshold = 0.1, or a smaller codebook",
+            "the codebook of level {level} has collapsed: {} of {} codes in use, perplexity {:.1}, in \
+             this epoch so far; {}",
             usage.codes_in_use(),
             usage.counts.len(),
             usage.perplexity(),
+            self.task.collapse_advice(level),
         );
         self.warn(WarningKind::Collapse, &message)
     }
@@ -412,7 +414,7 @@ impl<T: Trainable> Trainer<T> {
     }
 }
 
-/// Batches of an epoch after which a collapse can be told from a slow start.
+/// Steps after which a collapse can be told from a slow start.
 const COLLAPSE_WINDOW: usize = 200;
 
 fn emit(observers: &mut [Box<dyn Observer>], event: &Event<'_>) -> Result<()> {

@@ -1,0 +1,170 @@
+//! The loop, with a real tokenizer.
+
+use std::fs;
+use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
+
+use candle_core::Device;
+use vq_train::{Error, Outcome, load_model, read_progress};
+
+use crate::support::{Memory, recipe, resumed, train, trainer};
+
+#[test]
+fn learns_and_says_what_happens_in_order() {
+    let run = tempfile::tempdir().unwrap();
+    let recipe = recipe(&["train.epochs=8", "train.lr=0.01", "train.keep_checkpoints=1"]);
+    let memory = Memory::default();
+    let mut trainer = trainer(&recipe, run.path()).unwrap().with_observer(memory.clone());
+    assert_eq!(trainer.run().unwrap(), Outcome::Finished);
+
+    let names: Vec<String> =
+        memory.0.lock().unwrap().iter().map(|e| e["event"].as_str().unwrap().to_owned()).collect();
+    let epoch = ["step", "step", "step", "step", "step", "epoch", "checkpoint"];
+    let expected: Vec<&str> = std::iter::once("run-started")
+        .chain(std::iter::repeat_n(epoch, 8).flatten())
+        .chain(std::iter::once("run-finished"))
+        .collect();
+    assert_eq!(names, expected);
+
+    let epochs = memory.all("epoch");
+    let (first, last) = (&epochs[0], &epochs[7]);
+    assert!(last["train"]["reconstruction"].as_f64() < first["train"]["reconstruction"].as_f64());
+    assert!(last["test"]["psnr"].as_f64() > first["test"]["psnr"].as_f64());
+    for key in ["mse", "nmse", "psnr", "ssim", "commitment", "perplexity", "codes_in_use"] {
+        assert!(last["test"][key].is_number(), "{key}");
+    }
+    // The terms add up.
+    for step in memory.all("step") {
+        let term = |name: &str| step[name].as_f64().unwrap();
+        let sum = term("reconstruction") + term("codebook") + 0.25 * term("commitment");
+        assert!((term("loss") - sum).abs() < 1e-5 * sum, "{step}");
+    }
+
+    // One line per event in the metrics file.
+    let text = fs::read_to_string(run.path().join("metrics.jsonl")).unwrap();
+    assert_eq!(text.lines().count(), names.len());
+    let progress = read_progress(&run.path().join("last")).unwrap();
+    assert_eq!((progress.step, progress.epoch, progress.history.len()), (40, 8, 8));
+    assert!(load_model(run.path(), &Device::Cpu).unwrap().codebooks_initialized().unwrap());
+    // The newest and the best, which may be one.
+    assert!(fs::read_dir(run.path().join("checkpoints")).unwrap().count() <= 2);
+}
+
+#[test]
+fn the_best_checkpoint_is_that_of_the_highest_psnr() {
+    let run = tempfile::tempdir().unwrap();
+    train(&recipe(&["train.epochs=6", "train.lr=0.02"]), run.path());
+    let history = read_progress(&run.path().join("last")).unwrap().history;
+    let psnr = |record: &vq_train::EpochRecord| record.test.as_ref().unwrap().get("psnr").unwrap();
+    let best = history.iter().max_by(|a, b| psnr(a).total_cmp(&psnr(b))).unwrap();
+    assert_eq!(read_progress(&run.path().join("best")).unwrap().step, best.step);
+}
+
+#[test]
+fn evaluates_every_so_many_epochs_and_at_the_end() {
+    let run = tempfile::tempdir().unwrap();
+    train(&recipe(&["train.epochs=5", "train.eval_every=2"]), run.path());
+    let history = read_progress(&run.path().join("last")).unwrap().history;
+    let due: Vec<bool> = history.iter().map(|record| record.test.is_some()).collect();
+    assert_eq!(due, [false, true, false, true, true]);
+}
+
+#[test]
+fn a_stop_flag_that_is_raised_already_ends_the_run_after_one_step() {
+    let run = tempfile::tempdir().unwrap();
+    let recipe = recipe(&[]);
+    let stop = Arc::new(AtomicBool::new(true));
+    let mut trainer = trainer(&recipe, run.path()).unwrap().with_stop_flag(stop);
+    assert_eq!(trainer.run().unwrap(), Outcome::Interrupted);
+    assert_eq!(resumed(&recipe, run.path()).unwrap().progress().step, 1);
+}
+
+#[test]
+fn a_loss_that_is_not_finite_stops_the_run() {
+    let run = tempfile::tempdir().unwrap();
+    let recipe = recipe(&[
+        "train.epochs=1",
+        "train.lr=1e-3",
+        "train.checkpoint_every_steps=1",
+        "train.grad_clip=0",
+    ]);
+    train(&recipe, run.path());
+    // Goes on from a good checkpoint with a rate that blows up.
+    let wild =
+        recipe.with_override("train.lr=1e30").unwrap().with_override("train.epochs=9").unwrap();
+    let error = resumed(&wild, run.path()).unwrap().run().unwrap_err();
+    assert!(matches!(error, Error::NotFinite { .. }), "{error:?}");
+    let error = error.to_string();
+    for part in ["step ", "Last good checkpoint", "checkpoints/step-00000000", "train.lr"] {
+        assert!(error.contains(part), "{part}: {error}");
+    }
+    // That checkpoint is good.
+    resumed(&recipe, run.path()).unwrap();
+}
+
+#[test]
+fn a_collapse_is_said_once_with_advice() {
+    let run = tempfile::tempdir().unwrap();
+    let paper = [
+        "model.levels.0.quantizer.rule=gradient",
+        "model.levels.0.quantizer.codebook_size=64",
+        "train.kmeans.rounds=0",
+        "train.revival.threshold=0",
+    ];
+    let memory = Memory::default();
+    trainer(&recipe(&paper), run.path()).unwrap().with_observer(memory.clone()).run().unwrap();
+    let warnings = memory.all("warning");
+    assert_eq!(warnings.len(), 1, "{warnings:?}");
+    assert_eq!(warnings[0]["kind"], "collapse");
+    let message = warnings[0]["message"].as_str().unwrap();
+    assert!(message.contains("of 64 codes") && message.contains("ema"), "{message}");
+
+    let memory = Memory::default();
+    let healthy = ["model.levels.0.quantizer.decay=0.8", "train.epochs=8"];
+    trainer(&recipe(&healthy), run.path()).unwrap().with_observer(memory.clone()).run().unwrap();
+    assert_eq!(memory.all("warning").len(), 0, "{:?}", memory.all("warning"));
+}
+
+/// Point 14.
+#[test]
+fn a_revival_threshold_that_mean_usage_cannot_meet_is_said_at_the_start() {
+    let run = tempfile::tempdir().unwrap();
+    let memory = Memory::default();
+    let recipe = recipe(&["train.revival.threshold=1.5", "train.epochs=1"]);
+    trainer(&recipe, run.path()).unwrap().with_observer(memory.clone()).run().unwrap();
+    let second = memory.0.lock().unwrap()[1].clone();
+    assert_eq!(second["kind"], "settings");
+    assert!(second["message"].as_str().unwrap().contains("train.revival.threshold = 1.5"));
+}
+
+#[test]
+fn the_picture_images_are_the_same_in_every_epoch() {
+    struct Pictures(Arc<std::sync::Mutex<Vec<Vec<f32>>>>);
+    impl vq_train::Observer for Pictures {
+        fn observe(
+            &mut self,
+            event: &vq_train::Event<'_>,
+        ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+            if let vq_train::Event::EpochFinished(event) = event {
+                let samples = event.evaluation.unwrap().samples.as_ref().unwrap();
+                assert_eq!(samples.originals.dims(), [4, 3, 16, 16]);
+                assert_eq!(samples.reconstructions.dims(), [4, 3, 16, 16]);
+                let pixels = |t: &candle_core::Tensor| t.flatten_all().unwrap().to_vec1().unwrap();
+                let reconstruction: Vec<f32> = pixels(&samples.reconstructions);
+                assert!(reconstruction.iter().all(|p| (0.0..=1.0).contains(p)));
+                self.0.lock().unwrap().push(pixels(&samples.originals));
+            }
+            Ok(())
+        }
+    }
+    let run = tempfile::tempdir().unwrap();
+    let seen = Arc::default();
+    trainer(&recipe(&[]), run.path())
+        .unwrap()
+        .with_observer(Pictures(Arc::clone(&seen)))
+        .run()
+        .unwrap();
+    let seen = seen.lock().unwrap();
+    assert_eq!(seen.len(), 3);
+    assert!(seen[0] == seen[1] && seen[1] == seen[2]);
+}
