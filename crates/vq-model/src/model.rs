@@ -134,15 +134,20 @@ impl VqVae {
         self.run(images, false)
     }
 
-    /// The code vectors `[K,D]` of a level (0 = bottom), detached.
-    pub fn codebook(&self, level: usize) -> Result<Tensor> {
+    /// The quantizer of a level (0 = bottom).
+    pub fn quantizer(&self, level: usize) -> Result<&dyn Quantizer> {
         match self.levels.get(level) {
-            Some(level) => level.quantizer.codebook(),
+            Some(level) => Ok(level.quantizer.as_ref()),
             None => Err(Error::Input(format!(
                 "there is no level {level}; the model has {}",
                 self.levels.len()
             ))),
         }
+    }
+
+    /// The code vectors `[K,D]` of a level (0 = bottom), detached.
+    pub fn codebook(&self, level: usize) -> Result<Tensor> {
+        self.quantizer(level)?.codebook()
     }
 
     /// Multiply-adds of the forward pass for one image of [`Config::image_size`], the search for the

@@ -115,18 +115,24 @@ impl Config {
         let text = fs::read_to_string(path).map_err(Error::read(path))?;
         let syntax = |source| Error::ConfigFile { path: path.to_path_buf(), source };
         let mut value: serde_json::Value = serde_json::from_str(&text).map_err(syntax)?;
-        let version = value.as_object_mut().and_then(|object| object.remove("format_version"));
-        match version.as_ref().map_or(Some(1), serde_json::Value::as_u64) {
+        let invalid = |key: &str, problem: String| Error::ConfigValue {
+            path: path.to_path_buf(),
+            source: Box::new(Error::config(key, problem)),
+        };
+        let Some(object) = value.as_object_mut() else {
+            return Err(invalid("the config", "must be a JSON object".to_owned()));
+        };
+        // Files without it were written by hand.
+        let version = object.remove("format_version").unwrap_or(FORMAT_VERSION.into());
+        match version.as_u64() {
             Some(found) if found > u64::from(FORMAT_VERSION) => {
                 let path = path.to_path_buf();
                 return Err(Error::FormatVersion { path, found, supported: FORMAT_VERSION });
             }
             Some(found) if found > 0 => {}
             _ => {
-                let path = path.to_path_buf();
-                let problem = format!("must be 1 to {FORMAT_VERSION}, got {version:?}");
-                let source = Box::new(Error::config("format_version", problem));
-                return Err(Error::ConfigValue { path, source });
+                let problem = format!("must be 1 to {FORMAT_VERSION}, got {version}");
+                return Err(invalid("format_version", problem));
             }
         }
         let config: Self = serde_json::from_value(value).map_err(syntax)?;
