@@ -224,7 +224,7 @@ impl ConvOp {
         let mut y = vec![0.; out.len()];
         let finish = Finish { bias, ..Finish::default() };
         let run = if self.transposed { small_to_large } else { large_to_small };
-        run(&self.geometry, x, self.relu, weight, finish, &mut y);
+        run(&self.geometry, x, self.relu, weight, finish, &self.buffers, &mut y);
         (CpuStorage::F32(y), (out.batch, out.height, out.width, out.channels).into())
     }
 
@@ -245,7 +245,7 @@ impl ConvOp {
                 f32_slice(weight, |weight| {
                     f32_slice(&grad, |grad| {
                         let finish = Finish { mask: self.relu.then_some(x), ..Finish::default() };
-                        run(&self.geometry, grad, false, weight, finish, &mut dx);
+                        run(&self.geometry, grad, false, weight, finish, &self.buffers, &mut dx);
                     })
                 })
             })???;

@@ -124,13 +124,13 @@ impl FusedStack {
             };
             let hidden = match step {
                 Step::Convolution(convolution) => {
-                    convolution.forward(from, theta, None, to);
+                    convolution.forward(from, theta, None, &self.buffers, to);
                     None
                 }
                 Step::Residual { first, second } => {
                     let mut hidden = self.buffers.take(first.output_len());
-                    first.forward(from, theta, None, &mut hidden);
-                    second.forward(&hidden, theta, Some(from), to);
+                    first.forward(from, theta, None, &self.buffers, &mut hidden);
+                    second.forward(&hidden, theta, Some(from), &self.buffers, to);
                     Some(hidden)
                 }
             };
@@ -169,17 +169,31 @@ impl FusedStack {
                 Step::Convolution(convolution) => {
                     convolution.parameter_gradients(input, grad, &self.buffers, &mut of_theta);
                     if let Some(to) = &mut of_step_input {
-                        convolution.input_gradient(input, theta, grad, None, to);
+                        convolution.input_gradient(input, theta, grad, None, &self.buffers, to);
                     }
                 }
                 Step::Residual { first, second } => {
                     let Some(hidden) = hidden else { continue };
                     second.parameter_gradients(&hidden, grad, &self.buffers, &mut of_theta);
                     let mut of_hidden = self.buffers.take(hidden.len());
-                    second.input_gradient(&hidden, theta, grad, None, &mut of_hidden);
+                    second.input_gradient(
+                        &hidden,
+                        theta,
+                        grad,
+                        None,
+                        &self.buffers,
+                        &mut of_hidden,
+                    );
                     first.parameter_gradients(input, &of_hidden, &self.buffers, &mut of_theta);
                     if let Some(to) = &mut of_step_input {
-                        first.input_gradient(input, theta, &of_hidden, Some(grad), to);
+                        first.input_gradient(
+                            input,
+                            theta,
+                            &of_hidden,
+                            Some(grad),
+                            &self.buffers,
+                            to,
+                        );
                     }
                 }
             }
@@ -208,10 +222,17 @@ impl Convolution {
         self.output_dims().iter().product()
     }
 
-    fn forward(&self, x: &[f32], theta: &[f32], residual: Option<&[f32]>, to: &mut [f32]) {
+    fn forward(
+        &self,
+        x: &[f32],
+        theta: &[f32],
+        residual: Option<&[f32]>,
+        buffers: &Buffers,
+        to: &mut [f32],
+    ) {
         let finish = Finish { bias: Some(&theta[self.bias.clone()]), mask: None, residual };
         let run = if self.transposed { small_to_large } else { large_to_small };
-        run(&self.geometry, x, self.relu, &theta[self.weight.clone()], finish, to);
+        run(&self.geometry, x, self.relu, &theta[self.weight.clone()], finish, buffers, to);
     }
 
     fn input_gradient(
@@ -220,11 +241,12 @@ impl Convolution {
         theta: &[f32],
         grad: &[f32],
         residual: Option<&[f32]>,
+        buffers: &Buffers,
         to: &mut [f32],
     ) {
         let finish = Finish { bias: None, mask: self.relu.then_some(x), residual };
         let run = if self.transposed { large_to_small } else { small_to_large };
-        run(&self.geometry, grad, false, &theta[self.weight.clone()], finish, to);
+        run(&self.geometry, grad, false, &theta[self.weight.clone()], finish, buffers, to);
     }
 
     fn parameter_gradients(

@@ -6,8 +6,10 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 use super::SharedMut;
+use super::buffers::Buffers;
 use super::pack::{DepthAxis, Images, Patches, Place, Tap, weight_panels};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
+use super::winograd::{self, Axes, Plan};
 
 /// Rows of patches that a task gathers and multiplies at a time.
 const BLOCK: usize = 112;
@@ -33,7 +35,7 @@ impl Geometry {
         self.small.channels * self.large.channels * self.kernel.0 * self.kernel.1
     }
 
-    fn weight_shape(&self) -> (usize, usize, usize) {
+    pub(super) fn weight_shape(&self) -> (usize, usize, usize) {
         (self.small.channels, self.large.channels, self.kernel.0 * self.kernel.1)
     }
 
@@ -91,6 +93,7 @@ pub(crate) fn large_to_small(
     relu: bool,
     weight: &[f32],
     finish: Finish<'_>,
+    buffers: &Buffers,
     small: &mut [f32],
 ) {
     let patches = geometry.patches(relu);
@@ -103,6 +106,7 @@ pub(crate) fn large_to_small(
         DepthAxis::Inner,
         finish,
         target,
+        buffers,
         small,
     );
 }
@@ -115,6 +119,7 @@ pub(crate) fn small_to_large(
     relu: bool,
     weight: &[f32],
     finish: Finish<'_>,
+    buffers: &Buffers,
     large: &mut [f32],
 ) {
     if geometry.large.channels <= FEW_CHANNELS {
@@ -133,6 +138,7 @@ pub(crate) fn small_to_large(
                 DepthAxis::Outer,
                 finish,
                 target,
+                buffers,
                 large,
             );
         }
@@ -141,15 +147,21 @@ pub(crate) fn small_to_large(
 
 /// Where the result of patch `(y, x)` goes: pixel `(y·scale + phase.0, x·scale + phase.1)`.
 #[derive(Clone, Copy)]
-struct Target {
+pub(crate) struct Target {
     images: Images,
     scale: usize,
     phase: (usize, usize),
 }
 
 impl Target {
+    /// Every patch's pixel, one after the other.
+    pub(super) fn dense(batch: usize, grid: (usize, usize), channels: usize) -> Self {
+        let images = Images { batch, height: grid.0, width: grid.1, channels };
+        Self { images, scale: 1, phase: (0, 0) }
+    }
+
     /// The first element of that pixel.
-    fn offset(&self, place: Place) -> usize {
+    pub(super) fn offset(&self, place: Place) -> usize {
         let y = place.y * self.scale + self.phase.0;
         let x = place.x * self.scale + self.phase.1;
         ((place.image * self.images.height + y) * self.images.width + x) * self.images.channels
@@ -182,9 +194,15 @@ fn multiply(
     axis: DepthAxis,
     finish: Finish<'_>,
     target: Target,
+    buffers: &Buffers,
     out: &mut [f32],
 ) {
     let kernels = kernels();
+    if let Some(plan) = Plan::new(patches, target.images.channels, kernels.lanes) {
+        let axes = Axes::new(weight_shape, axis);
+        winograd::multiply(&plan, kernels, patches, x, weight, axes, finish, target, buffers, out);
+        return;
+    }
     let mut panels = PANELS.take();
     weight_panels(weight, weight_shape, axis, &patches.taps, kernels.panel, &mut panels);
     let rows = patches.rows();

@@ -11,6 +11,8 @@ pub(crate) mod pack;
 pub(crate) mod tile;
 pub(crate) mod vector;
 pub(crate) mod weight_gradient;
+pub(crate) mod winograd;
+pub(crate) mod winograd_transform;
 
 #[cfg(test)]
 mod tests;

@@ -3,6 +3,7 @@
 use std::sync::OnceLock;
 
 use super::vector::{Portable, Vector};
+use super::winograd_transform::{self as winograd, Filter, Transforms};
 
 /// How deep a product runs before its sums go back to memory: one panel of `DEPTH × columns` then
 /// stays in the first-level cache.
@@ -53,11 +54,13 @@ pub(crate) struct Kernels {
     /// Columns in a panel of the second operand.
     pub panel: usize,
     /// Lanes of a register: tiles of at most that many columns take the narrow kernel.
-    lanes: usize,
+    pub lanes: usize,
     gathered: [&'static [TileFn]; 2],
     transposed: [&'static [TileFn]; 2],
     /// `to[i] = max(from[i], 0)` (or a copy) for `count` elements.
     pub copy: [CopyFn; 2],
+    /// The transforms of [`super::winograd`], for kernels of 2 and of 3 taps a side.
+    pub winograd: [Transforms; 2],
     /// Name of the instruction set.
     pub name: &'static str,
 }
@@ -237,6 +240,46 @@ macro_rules! kernels_for {
                 unsafe { generic_copy::<$vector, RELU>(from, to, count) }
             }
 
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn input<F: Filter>(job: &winograd::Input<'_>) {
+                // SAFETY: as above.
+                unsafe { winograd::input::<$vector, F>(job) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn gradient<F: Filter>(job: &winograd::Input<'_>) {
+                // SAFETY: as above.
+                unsafe { winograd::gradient::<$vector, F>(job) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn output<F: Filter>(job: &winograd::Output<'_>) {
+                // SAFETY: as above.
+                unsafe { winograd::output::<$vector, F>(job) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn kernel<F: Filter>(taps: *const f32, to: *mut f32, step: usize) {
+                // SAFETY: as above.
+                unsafe { winograd::kernel::<$vector, F>(taps, to, step) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn kernel_gradient<F: Filter>(from: *const f32, step: usize, taps: *mut f32) {
+                // SAFETY: as above.
+                unsafe { winograd::kernel_gradient::<$vector, F>(from, step, taps) }
+            }
+
+            const fn transforms<F: Filter>() -> Transforms {
+                Transforms {
+                    input: input::<F>,
+                    gradient: gradient::<F>,
+                    output: output::<F>,
+                    kernel: kernel::<F>,
+                    kernel_gradient: kernel_gradient::<F>,
+                }
+            }
+
             pub(super) static TABLE: Kernels = Kernels {
                 rows: [$($mr),*].len(),
                 panel: PANEL,
@@ -244,6 +287,7 @@ macro_rules! kernels_for {
                 gathered: [&[$(run::<$mr, 1, ROW>),*], &[$(run::<$mr, 2, ROW>),*]],
                 transposed: [&[$(run::<$mr, 1, 1>),*], &[$(run::<$mr, 2, 1>),*]],
                 copy: [copy::<false>, copy::<true>],
+                winograd: [transforms::<winograd::TwoTaps>(), transforms::<winograd::ThreeTaps>()],
                 name: $name,
             };
         }

@@ -5,7 +5,9 @@ use rayon::prelude::*;
 use super::SharedMut;
 use super::buffers::Buffers;
 use super::conv::{Geometry, with_scratch};
+use super::pack::DepthAxis;
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
+use super::winograd::{self, Axes, Plan};
 
 /// Pixels that a task multiplies at a time.
 const CHUNK: usize = 192;
@@ -26,6 +28,13 @@ pub(crate) fn weight_gradient(
 ) {
     let kernels = kernels();
     let patches = geometry.patches(large.1);
+    if let Some(plan) = Plan::new(&patches, geometry.small.channels, kernels.lanes) {
+        let axes = Axes::new(geometry.weight_shape(), DepthAxis::Inner);
+        winograd::weight_gradient(
+            &plan, kernels, &patches, large.0, small, axes, buffers, gradient,
+        );
+        return;
+    }
     let (depth, columns, pixels) = (patches.depth(), geometry.small.channels, patches.rows());
     let size = depth * columns;
     // Parts are cut by shape alone, so that sums do not depend on the number of threads.
