@@ -156,10 +156,10 @@ impl Error {
         move |source| Self::Write { path, source }
     }
 
-    pub(crate) fn damaged(path: &Path, cause: impl ToString) -> Self {
+    pub(crate) fn damaged(path: &Path, cause: impl std::fmt::Display) -> Self {
         Self::DamagedCheckpoint {
             path: path.to_path_buf(),
-            cause: cause.to_string(),
+            cause: format!("{cause}"),
             advice: "copy it again, or delete its folder and resume from an earlier checkpoint"
                 .into(),
         }

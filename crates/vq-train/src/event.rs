@@ -16,6 +16,15 @@ pub trait Observer {
     ) -> Result<(), Box<dyn std::error::Error + Send + Sync>>;
 }
 
+impl<O: Observer + ?Sized> Observer for Box<O> {
+    fn observe(
+        &mut self,
+        event: &Event<'_>,
+    ) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        (**self).observe(event)
+    }
+}
+
 /// What a run says about itself. Steps, epochs and batches are counted from 1; `step` is the number
 /// of steps that are done.
 #[derive(Debug)]

@@ -27,15 +27,17 @@ impl MetricsFile {
     }
 
     fn start(&mut self, resumed: bool, step: u64) -> Result<()> {
-        let mut kept = String::new();
+        let mut kept = Vec::new();
         if resumed && self.path.exists() {
-            for record in read_metrics(&self.path)? {
-                if record.get("step").and_then(Value::as_u64).is_some_and(|at| at <= step) {
-                    kept.push_str(&format!("{record}\n"));
-                }
-            }
+            kept = read_metrics(&self.path)?;
+            kept.retain(|record| record["step"].as_u64().is_some_and(|at| at <= step));
         }
-        file::write_atomic(&self.path, kept.as_bytes())?;
+        let mut lines = Vec::new();
+        for record in kept {
+            lines.extend_from_slice(record.to_string().as_bytes());
+            lines.push(b'\n');
+        }
+        file::write_atomic(&self.path, &lines)?;
         let file = OpenOptions::new().append(true).open(&self.path);
         self.file = Some(file.map_err(Error::write(&self.path))?);
         Ok(())

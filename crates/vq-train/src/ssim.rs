@@ -24,7 +24,7 @@ pub fn ssim(a: &[f32], b: &[f32], channels: usize, height: usize, width: usize) 
 }
 
 fn window(limit: usize) -> Vec<f64> {
-    let side = WINDOW.min(if limit % 2 == 0 { limit - 1 } else { limit });
+    let side = WINDOW.min(if limit.is_multiple_of(2) { limit - 1 } else { limit });
     let middle = (side / 2) as f64;
     let weights: Vec<f64> =
         (0..side).map(|i| (-(i as f64 - middle).powi(2) / (2.0 * SIGMA * SIGMA)).exp()).collect();

@@ -1,18 +1,21 @@
 //! The training loop.
 
-use std::path::{Path, PathBuf};
+mod persist;
+mod report;
+
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use self::report::{COLLAPSE_WINDOW, Clock, emit};
 use crate::evaluate::usage_metrics;
 use crate::optimizer::{Optimizer, clip_scale, gradient_norm};
 use crate::schedule::learning_rate;
-use crate::state::{self, Progress, TRAINING_FILE};
+use crate::state::Progress;
 use crate::{
-    Best, CheckpointSaved, Checkpoints, EpochFinished, EpochRecord, Error, Evaluation, Event,
-    Forward, Metrics, Observer, Result, RunEnded, RunStarted, StepFinished, TrainConfig, Trainable,
-    Usage, Warning, WarningKind,
+    Best, Checkpoints, EpochFinished, EpochRecord, Error, Evaluation, Event, Forward, Metrics,
+    Observer, Result, RunStarted, TrainConfig, Trainable, WarningKind,
 };
 
 /// Trains a [`Trainable`]: steps, evaluations, checkpoints; says what happens to its observers.
@@ -27,6 +30,8 @@ pub struct Trainer<T: Trainable> {
     optimizer: Optimizer,
     resumed_from: Option<PathBuf>,
     last_checkpoint: Option<PathBuf>,
+    /// Steps and epochs done at the last checkpoint.
+    saved_at: Option<(u64, usize)>,
     /// Noticed before there was anyone to tell.
     warnings: Vec<(WarningKind, String)>,
     clock: Clock,
@@ -55,6 +60,7 @@ impl<T: Trainable> Trainer<T> {
             optimizer: Optimizer::new(task.parameters(), config)?,
             resumed_from: None,
             last_checkpoint: None,
+            saved_at: None,
             warnings: Vec::new(),
             clock: Clock::new(),
             task,
@@ -85,45 +91,6 @@ impl<T: Trainable> Trainer<T> {
         &self.progress
     }
 
-    /// Goes back to the newest checkpoint that can be read; `None`, and a start from the beginning, if
-    /// there is no checkpoint yet. Damaged ones are passed over, which [`run`](Self::run) will warn of.
-    pub fn resume(&mut self) -> Result<Option<&Path>> {
-        self.checkpoints.recover()?;
-        let mut candidates = Vec::from_iter(self.checkpoints.last()?);
-        for (_, path) in self.checkpoints.list()?.into_iter().rev() {
-            if candidates.iter().all(|known| known.canonicalize().ok() != path.canonicalize().ok())
-            {
-                candidates.push(path);
-            }
-        }
-        let mut damage: Option<Error> = None;
-        for path in candidates {
-            match self.load(&path) {
-                Ok(()) => {
-                    if let Some(damage) = damage {
-                        let message = format!("{damage}; resuming from {} instead", path.display());
-                        self.warnings.push((WarningKind::Checkpoint, message));
-                    }
-                    self.last_checkpoint = Some(path.clone());
-                    self.resumed_from = Some(path);
-                    return Ok(self.resumed_from.as_deref());
-                }
-                Err(error) if is_damage(&error) => {
-                    damage = damage.or(Some(name_damage(&path, &error)))
-                }
-                Err(error) => return Err(error),
-            }
-        }
-        match damage {
-            None => Ok(None),
-            Some(Error::DamagedCheckpoint { path, cause, .. }) => {
-                let advice = "no other checkpoint can be read: copy it again, or start anew with --overwrite";
-                Err(Error::DamagedCheckpoint { path, cause, advice: advice.into() })
-            }
-            Some(other) => Err(other),
-        }
-    }
-
     /// Trains until all epochs are done or the stop flag is raised.
     pub fn run(&mut self) -> Result<Outcome> {
         self.start()?;
@@ -141,14 +108,17 @@ impl<T: Trainable> Trainer<T> {
     /// The rest of the current epoch; false if stopped.
     fn train_epoch(&mut self) -> Result<bool> {
         self.clock.start_epoch();
+        if self.is_stopped() {
+            return Ok(false);
+        }
         for batch in self.task.batches(self.progress.epoch as u64, self.progress.batch) {
             self.step(&batch?)?;
             let every = self.config.checkpoint_every_steps;
             let is_last = self.progress.batch == self.progress.batches_per_epoch;
-            if every > 0 && self.progress.step % every == 0 && !is_last {
+            if every > 0 && self.progress.step.is_multiple_of(every) && !is_last {
                 self.save(false)?;
             }
-            if self.stop.load(Ordering::Relaxed) {
+            if self.is_stopped() {
                 return Ok(false);
             }
         }
@@ -275,44 +245,8 @@ impl<T: Trainable> Trainer<T> {
         Ok(())
     }
 
-    fn save(&mut self, is_best: bool) -> Result<()> {
-        let step = self.progress.step;
-        for (name, var) in self.task.parameters() {
-            let is_finite = vq_ops::sum_of_squares(var.as_tensor())?.is_finite();
-            self.require(is_finite, step, || format!("the parameter {name} is not finite"))?;
-        }
-        let parameters = self.task.parameters();
-        let path = self.checkpoints.save(step, is_best, |folder| {
-            self.optimizer.with_averages(parameters, || self.task.save(folder))?;
-            let tensors = self.optimizer.tensors(parameters);
-            state::write(&folder.join(TRAINING_FILE), &tensors, &self.progress)
-        })?;
-        self.checkpoints.prune(self.config.keep_checkpoints)?;
-        self.last_checkpoint = Some(path.clone());
-        let event = Event::CheckpointSaved(CheckpointSaved { step, path: &path, is_best });
-        emit(&mut self.observers, &event)?;
-        self.clock.pause();
-        Ok(())
-    }
-
-    fn load(&mut self, path: &Path) -> Result<()> {
-        let Some(var) = self.task.parameters().values().next() else { return Ok(()) };
-        let file = path.join(TRAINING_FILE);
-        let (tensors, progress) = state::read(&file, &var.device().clone())?;
-        if progress.seed != self.config.seed {
-            let (was, now) = (progress.seed.to_string(), self.config.seed.to_string());
-            return Err(Error::ResumeMismatch { key: "train.seed".into(), was, now });
-        }
-        let now = self.task.batches_per_epoch();
-        if progress.batches_per_epoch != now {
-            return Err(Error::ResumeData { was: progress.batches_per_epoch, now });
-        }
-        self.task.load(path)?;
-        let restored = Optimizer::restore(self.task.parameters(), &self.config, &tensors)?;
-        self.optimizer = restored
-            .map_err(|name| Error::damaged(&file, format!("tensor `{name}` does not fit")))?;
-        self.progress = progress;
-        Ok(())
+    fn is_stopped(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
     }
 
     fn total_steps(&self) -> u64 {
@@ -344,142 +278,5 @@ impl<T: Trainable> Trainer<T> {
             },
             other => other,
         }
-    }
-
-    /// Says so once in a run if a level's codebook has collapsed.
-    fn report_collapse(&mut self, usage: &[Usage]) -> Result<()> {
-        // Most codebooks are in disorder at the very start.
-        let is_early = self.progress.step < self.total_steps().min(COLLAPSE_WINDOW as u64);
-        if self.progress.collapse_reported || is_early {
-            return Ok(());
-        }
-        let collapsed = usage.iter().enumerate().find(|(_, usage)| usage.has_collapsed());
-        let Some((level, usage)) = collapsed else { return Ok(()) };
-        self.progress.collapse_reported = true;
-        let message = format!(
-            "the codebook of level {level} has collapsed: {} of {} codes in use, perplexity {:.1}, in \
-             this epoch so far; {}",
-            usage.codes_in_use(),
-            usage.counts.len(),
-            usage.perplexity(),
-            self.task.collapse_advice(level),
-        );
-        self.warn(WarningKind::Collapse, &message)
-    }
-
-    fn warn(&mut self, kind: WarningKind, message: &str) -> Result<()> {
-        let step = self.progress.step;
-        emit(&mut self.observers, &Event::Warning(Warning { step, kind, message }))
-    }
-
-    fn emit_step(
-        &mut self,
-        losses: &Metrics,
-        usage: &[Usage],
-        lr: f64,
-        grad_norm: f64,
-        revived: usize,
-        examples: usize,
-    ) -> Result<()> {
-        let perplexity: Vec<f64> = usage.iter().map(Usage::perplexity).collect();
-        let codes_in_use: Vec<usize> = usage.iter().map(Usage::codes_in_use).collect();
-        let event = Event::StepFinished(StepFinished {
-            step: self.progress.step,
-            total_steps: self.total_steps(),
-            epoch: self.progress.epoch + 1,
-            epochs: self.config.epochs,
-            batch: self.progress.batch,
-            batches: self.progress.batches_per_epoch,
-            losses,
-            lr,
-            grad_norm,
-            perplexity: &perplexity,
-            codes_in_use: &codes_in_use,
-            revived,
-            images_per_second: self.clock.images_per_second(examples),
-        });
-        emit(&mut self.observers, &event)
-    }
-
-    fn emit_end(&mut self, is_finished: bool) -> Result<()> {
-        let ended = RunEnded {
-            step: self.progress.step,
-            checkpoint: self.last_checkpoint.as_deref(),
-            best: self.progress.best.as_ref(),
-            history: &self.progress.history,
-        };
-        let event =
-            if is_finished { Event::RunFinished(ended) } else { Event::RunInterrupted(ended) };
-        emit(&mut self.observers, &event)
-    }
-}
-
-/// Steps after which a collapse can be told from a slow start.
-const COLLAPSE_WINDOW: usize = 200;
-
-fn emit(observers: &mut [Box<dyn Observer>], event: &Event<'_>) -> Result<()> {
-    for observer in observers {
-        observer.observe(event).map_err(|error| match error.downcast::<Error>() {
-            Ok(own) => *own,
-            Err(other) => Error::Observer(other),
-        })?;
-    }
-    Ok(())
-}
-
-/// Whether an earlier checkpoint may do better.
-fn is_damage(error: &Error) -> bool {
-    match error {
-        Error::DamagedCheckpoint { .. } | Error::Read { .. } => true,
-        Error::Model(error) => !matches!(
-            error,
-            vq_model::Error::Architecture { .. } | vq_model::Error::FormatVersion { .. }
-        ),
-        _ => false,
-    }
-}
-
-fn name_damage(path: &Path, error: &Error) -> Error {
-    Error::DamagedCheckpoint {
-        path: path.to_path_buf(),
-        cause: error.to_string(),
-        advice: "delete its folder to be rid of this message".into(),
-    }
-}
-
-/// Wall-clock time; nothing that is saved depends on it.
-struct Clock {
-    epoch: Instant,
-    step: Instant,
-    seconds_per_image: Option<f64>,
-}
-
-impl Clock {
-    fn new() -> Self {
-        let now = Instant::now();
-        Self { epoch: now, step: now, seconds_per_image: None }
-    }
-
-    fn start_epoch(&mut self) {
-        self.epoch = Instant::now();
-        self.pause();
-    }
-
-    fn epoch_seconds(&self) -> f64 {
-        self.epoch.elapsed().as_secs_f64()
-    }
-
-    /// Leaves the time since the last step out of the speed.
-    fn pause(&mut self) {
-        self.step = Instant::now();
-    }
-
-    fn images_per_second(&mut self, images: usize) -> f64 {
-        let now = Instant::now();
-        let seconds = now.duration_since(self.step).as_secs_f64() / images.max(1) as f64;
-        self.step = now;
-        let smoothed = self.seconds_per_image.map_or(seconds, |old| 0.9 * old + 0.1 * seconds);
-        self.seconds_per_image = Some(smoothed);
-        1.0 / smoothed.max(1e-9)
     }
 }

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 use candle_core::Device;
 use vq_train::{Error, Outcome, load_model, read_progress};
 
-use crate::support::{Memory, recipe, resumed, train, trainer};
+use crate::support::{Memory, last, recipe, resumed, train, trainer};
 
 #[test]
 fn learns_and_says_what_happens_in_order() {
@@ -70,13 +70,23 @@ fn evaluates_every_so_many_epochs_and_at_the_end() {
 }
 
 #[test]
-fn a_stop_flag_that_is_raised_already_ends_the_run_after_one_step() {
-    let run = tempfile::tempdir().unwrap();
-    let recipe = recipe(&[]);
+fn a_stop_flag_that_is_raised_already_saves_and_ends_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = recipe(&["train.epochs=1"]);
+    let (straight, stopped) = (folder.path().join("a"), folder.path().join("b"));
+    train(&recipe, &straight);
     let stop = Arc::new(AtomicBool::new(true));
-    let mut trainer = trainer(&recipe, run.path()).unwrap().with_stop_flag(stop);
-    assert_eq!(trainer.run().unwrap(), Outcome::Interrupted);
-    assert_eq!(resumed(&recipe, run.path()).unwrap().progress().step, 1);
+    let mut first = trainer(&recipe, &stopped).unwrap().with_stop_flag(stop.clone());
+    assert_eq!(first.run().unwrap(), Outcome::Interrupted);
+    // Again: nothing new to save.
+    let mut second = resumed(&recipe, &stopped).unwrap().with_stop_flag(stop);
+    assert_eq!(second.run().unwrap(), Outcome::Interrupted);
+    let mut third = resumed(&recipe, &stopped).unwrap();
+    assert_eq!(third.progress().step, 0);
+    // k-means has been done and is not done again.
+    assert!(third.task().model().codebooks_initialized().unwrap());
+    third.run().unwrap();
+    assert!(last(&straight) == last(&stopped));
 }
 
 #[test]
