@@ -110,16 +110,14 @@ impl FusedStack {
         for (index, step) in self.steps.iter().enumerate() {
             let length = step.output_dims().iter().product();
             let mut output = (index + 1 < self.steps.len()).then(|| self.buffers.take(length));
-            let to: &mut [f32] = match &mut output {
-                Some(buffer) => buffer,
-                None => {
-                    last = vec![0.; length];
-                    &mut last
-                }
+            let to: &mut [f32] = if let Some(buffer) = &mut output {
+                buffer
+            } else {
+                last = vec![0.; length];
+                &mut last
             };
             let from: &[f32] = match (&previous, saved.last()) {
-                (Some(buffer), _) => buffer,
-                (None, Some(Saved { output: Some(buffer), .. })) => buffer,
+                (Some(buffer), _) | (None, Some(Saved { output: Some(buffer), .. })) => buffer,
                 _ => x,
             };
             let hidden = match step {

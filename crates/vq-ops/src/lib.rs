@@ -6,6 +6,12 @@
 //! Each operation exists twice: composed of candle's own operations (any device; the oracle of the
 //! tests, in [`composed`]) and, on the CPU, as a kernel of our own.
 
+// The kernels' innermost functions only become vector code when they are inlined into a function
+// with the instruction set enabled.
+#![allow(clippy::inline_always)]
+// A match that names both cases reads better than `if let … else` across several lines.
+#![allow(clippy::single_match_else)]
+
 pub mod composed;
 mod conv;
 mod cpu;

@@ -69,11 +69,12 @@ pub fn adamw_step(
     f32_slice(&grad, |grad| {
         with_f32_mut(param, |param| {
             with_f32_mut(first_moment, |first| {
-                with_f32_mut(second_moment, |second| match ema {
-                    Some(ema) => with_f32_mut(ema, |ema| {
-                        kernel::adamw(param, grad, first, second, Some(ema), step);
-                    }),
-                    None => {
+                with_f32_mut(second_moment, |second| {
+                    if let Some(ema) = ema {
+                        with_f32_mut(ema, |ema| {
+                            kernel::adamw(param, grad, first, second, Some(ema), step);
+                        })
+                    } else {
                         kernel::adamw(param, grad, first, second, None, step);
                         Ok(())
                     }

@@ -48,11 +48,11 @@ struct Search<'a> {
     codebook: &'a [f32],
     dim: usize,
     mean: Vec<f32>,
-    /// −(e_k − mean), `[panels][dim][panel]`.
+    /// `−(e_k − mean)`, `[panels][dim][panel]`.
     panels: Vec<f32>,
-    /// ½‖e_k − mean‖².
+    /// `½‖e_k − mean‖²`.
     half_norms: Vec<f32>,
-    /// The greatest ‖e_k − mean‖.
+    /// The greatest `‖e_k − mean‖`.
     radius: f32,
 }
 
@@ -127,8 +127,9 @@ impl<'a> Search<'a> {
             // Each score is a sum of `dim` rounded products of at most ‖z‖·‖e‖ in all.
             let rounding = f32::EPSILON * (dim as f32 + 8.) * self.radius * (norm + self.radius);
             *code = best[row].1;
-            // Written so that a value that is not a number takes this way as well.
-            if !(second[row] - best[row].0 > 2. * rounding) && total > 1 || !norm.is_finite() {
+            // A value that is not a number makes this false.
+            let clear = total == 1 || second[row] - best[row].0 > 2. * rounding;
+            if !clear || !norm.is_finite() {
                 if z.iter().any(|v| !v.is_finite()) {
                     return Some(first + row);
                 }
@@ -195,6 +196,7 @@ fn merge(scores: &[f32], start: u32, best: &mut (f32, u32), second: &mut f32) {
     }
     for lane in 0..LANES {
         let candidate = (lane_best[lane], start + lane_step[lane] * LANES as u32 + lane as u32);
+        #[allow(clippy::float_cmp)] // a tie is exact equality
         let closer = candidate.0 < best.0 || (candidate.0 == best.0 && candidate.1 < best.1);
         let loser = if closer { best.0 } else { candidate.0 };
         *second = second.min(loser).min(lane_second[lane]);

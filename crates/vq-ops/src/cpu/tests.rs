@@ -96,12 +96,15 @@ fn check_geometry(g: &Geometry, relu_on: bool, finish_on: bool) {
         to_large = finished(&to_large, g.large.channels, &large_bias, &large_mask, &large_more);
     }
     // Minimal filtering trades a digit of accuracy for its fewer multiplications.
-    let minimal = g.small.channels % 8 == 0 && g.large.channels % 8 == 0;
+    let minimal = g.small.channels.is_multiple_of(8) && g.large.channels.is_multiple_of(8);
     let tolerance = if minimal { 1e-5 } else { 2e-6 };
     on_every_cpu(|cpu| {
-        let finish = |bias, mask, residual| match finish_on {
-            true => Finish { bias: Some(bias), mask: Some(mask), residual: Some(residual) },
-            false => Finish::default(),
+        let finish = |bias, mask, residual| {
+            if finish_on {
+                Finish { bias: Some(bias), mask: Some(mask), residual: Some(residual) }
+            } else {
+                Finish::default()
+            }
         };
         // Whatever was in the output before must not matter.
         let mut out = vec![f32::NAN; small.len()];

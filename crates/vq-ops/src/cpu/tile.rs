@@ -97,11 +97,11 @@ impl Kernels {
 
 /// The best kernels for this CPU. `VQ_CPU=avx2` or `portable` asks for less, for comparisons.
 pub(crate) fn kernels() -> &'static Kernels {
+    static CHOICE: OnceLock<&'static Kernels> = OnceLock::new();
     #[cfg(test)]
     if let Some(forced) = FORCED.get() {
         return forced;
     }
-    static CHOICE: OnceLock<&'static Kernels> = OnceLock::new();
     CHOICE.get_or_init(|| {
         let wanted = std::env::var("VQ_CPU").unwrap_or_default();
         available().into_iter().find(|k| wanted.is_empty() || k.name == wanted).unwrap_or(&PORTABLE)

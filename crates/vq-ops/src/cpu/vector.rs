@@ -32,6 +32,7 @@ pub(crate) trait Vector: Copy {
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code, clippy::undocumented_unsafe_blocks)] // the trait's safety section covers all
 mod x86 {
+    #[allow(clippy::wildcard_imports)]
     use std::arch::x86_64::*;
 
     use super::Vector;

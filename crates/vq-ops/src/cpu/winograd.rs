@@ -46,7 +46,11 @@ impl Plan {
     /// A plan for these patches with that many output channels, where it is worth it.
     pub(crate) fn new(patches: &Patches, columns: usize, lanes: usize) -> Option<Self> {
         let channels = patches.images.channels;
-        if channels % lanes != 0 || columns % lanes != 0 || columns == 0 || patches.grid.0 == 0 {
+        if !channels.is_multiple_of(lanes)
+            || !columns.is_multiple_of(lanes)
+            || columns == 0
+            || patches.grid.0 == 0
+        {
             return None;
         }
         let (step, count) = (patches.step as isize, patches.step * patches.step);
@@ -59,12 +63,11 @@ impl Plan {
         // The taps are sorted, so a group meets its first tap first and the others row by row.
         for tap in &patches.taps {
             let same = |g: &&mut Group| (tap.dy - g.dy) % step == 0 && (tap.dx - g.dx) % step == 0;
-            let group = match groups.iter_mut().find(same) {
-                Some(group) => group,
-                None => {
-                    groups.push(Group { dy: tap.dy, dx: tap.dx, index: Vec::new() });
-                    groups.last_mut()?
-                }
+            let group = if let Some(group) = groups.iter_mut().find(same) {
+                group
+            } else {
+                groups.push(Group { dy: tap.dy, dx: tap.dx, index: Vec::new() });
+                groups.last_mut()?
             };
             let (y, x) = ((group.index.len() / taps) as isize, (group.index.len() % taps) as isize);
             if (tap.dy, tap.dx) != (group.dy + y * step, group.dx + x * step) {

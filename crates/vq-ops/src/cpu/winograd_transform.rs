@@ -5,6 +5,8 @@
 //!
 //! One call handles one tile of all channels, as many at a time as a register has lanes.
 
+#![allow(clippy::needless_range_loop)] // rows and columns of small matrices
+
 use super::vector::Vector;
 
 /// Outputs of a tile along an axis.
