@@ -1,5 +1,5 @@
 use std::fmt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
@@ -81,6 +81,18 @@ pub fn open(source: &Source, options: &OpenOptions) -> Result<Splits, Error> {
         Source::Cifar10(Some(dir)) => cifar::open(dir, options.size),
         Source::Shapes => shapes::open(options),
         Source::Folder(path) => folder::open(path, options),
+    }
+}
+
+impl Source {
+    /// The source that `auto` stands for at the moment, with that data folder; any other is itself.
+    #[must_use]
+    pub fn resolve(&self, data_dir: &Path) -> Self {
+        match self {
+            Self::Auto if cifar::SUPPORTED && cifar::is_there(data_dir) => Self::Cifar10(None),
+            Self::Auto => Self::Shapes,
+            other => other.clone(),
+        }
     }
 }
 
@@ -182,6 +194,7 @@ mod tests {
         };
         let splits = open(&Source::Auto, &options).expect("built in");
         assert_eq!((splits.train.len(), splits.test.len()), (20, 10));
+        assert_eq!(Source::Auto.resolve(&options.data_dir), Source::Shapes);
         assert_eq!(splits.notes.len(), 1);
         assert!(splits.notes[0].contains("cargo xtask download-cifar --dir '"), "{splits:?}");
         let splits = open(&Source::Shapes, &options).expect("built in");
@@ -195,6 +208,7 @@ mod tests {
         let options = OpenOptions { data_dir: dir.path().into(), ..OpenOptions::default() };
         let result = open(&Source::Auto, &options);
         if cifar::SUPPORTED {
+            assert_eq!(Source::Auto.resolve(dir.path()), Source::Cifar10(None));
             let error = result.expect_err("incomplete").to_string();
             assert!(error.contains("data_batch_1.bin is missing"), "{error}");
         } else {
