@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 
-use crate::part::{Builder, NamedLayers, Part};
-use crate::quantizer::{CodebookReport, CodebookUpdate, Quantizer, VectorQuantizer};
-use crate::{Codes, Config, Error, Result, architecture};
+use crate::level::Level;
+use crate::part::Builder;
+use crate::quantizer::{CodebookReport, CodebookUpdate, Quantizer};
+use crate::{Codes, Config, Error, Result};
 
 /// A VQ-VAE (van den Oord et al. 2017) with one level of codes, or a VQ-VAE-2 (Razavi et al. 2019) with
 /// several.
@@ -48,17 +49,6 @@ pub struct Output {
     /// The encoders' outputs `[B,h,w,D]`, bottom first, detached: what
     /// [`VqVae::initialize_codebooks`] and [`VqVae::update_codebooks`] take.
     pub z_e: Vec<Tensor>,
-}
-
-#[derive(Debug)]
-struct Level {
-    /// From the level below (the image) to features; the top level's also holds its projection.
-    encoder: Part,
-    /// From the features and what the levels above decode to, to `z_e`; none at the top.
-    projection: Option<Part>,
-    quantizer: Box<dyn Quantizer>,
-    /// From this level's and all higher levels' `z_q` to the level below (the image).
-    decoder: Part,
 }
 
 impl VqVae {
@@ -333,59 +323,6 @@ impl VqVae {
             ))),
         }
     }
-}
-
-impl Level {
-    fn new(config: &Config, index: usize, builder: &mut Builder) -> Result<Self> {
-        let missing = || Error::config("levels", format!("has no level {index}"));
-        let level = config.levels.get(index).ok_or_else(missing)?;
-        let below = index.checked_sub(1).and_then(|below| config.levels.get(below));
-        let channels_below = below.map_or(config.channels, |below| below.hidden);
-        let name = |part: &str| format!("levels.{index}.{part}");
-        let dim = level.quantizer.dim;
-
-        let (above_channels, above_dims) = match config.levels.get(index + 1) {
-            // A level's decoder gives features like those of the level below.
-            Some(_) => (level.hidden, above_dims(config, index)),
-            None => (0, 0),
-        };
-        let is_top = above_channels == 0;
-        let mut segments: Vec<NamedLayers> = vec![architecture::downsampling(
-            &name("encoder"),
-            level,
-            channels_below,
-            /* relu_input */ index > 0,
-        )];
-        let mut residual = architecture::residual_blocks(&name("encoder"), level);
-        let projection =
-            architecture::projection(&name("projection"), level.hidden + above_channels, dim);
-        let projection = if is_top {
-            residual.extend(projection);
-            None
-        } else {
-            Some(Part::new(vec![projection], builder)?)
-        };
-        if !residual.is_empty() {
-            segments.push(residual);
-        }
-        let decoder =
-            architecture::decoder(&name("decoder"), level, dim + above_dims, channels_below);
-        Ok(Self {
-            encoder: Part::new(segments, builder)?,
-            projection,
-            quantizer: Box::new(VectorQuantizer::new(
-                &name("quantizer"),
-                &level.quantizer,
-                builder,
-            )?),
-            decoder: Part::new(vec![decoder], builder)?,
-        })
-    }
-}
-
-/// Σ D of the levels above `index`.
-fn above_dims(config: &Config, index: usize) -> usize {
-    config.levels.iter().skip(index + 1).map(|level| level.quantizer.dim).sum()
 }
 
 /// Nearest-neighbour upsampling `[B,h,w,C]` to `[B,h·n,w·n,C]`. Not candle's `upsample_nearest2d`, which is

@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::{Device, Tensor, Var};
 use vq_ops::{Layer, Stack};
 
+use crate::pointwise::relu;
 use crate::random::Stream;
 use crate::{Error, Result};
 
@@ -47,7 +48,7 @@ impl Part {
         let mut x = x.clone();
         for (index, (stack, params)) in self.segments.iter().enumerate() {
             if index > 0 {
-                x = x.relu()?;
+                x = relu(&x)?;
             }
             let tensor = |var: &Var| {
                 if tracked { var.as_tensor().clone() } else { var.as_detached_tensor() }

@@ -1,4 +1,5 @@
 //! The shape of the networks, and what their parameters start as.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 

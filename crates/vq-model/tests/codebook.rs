@@ -1,4 +1,9 @@
 //! Codebook maintenance: moving averages, k-means, revival.
+#![allow(
+    clippy::unwrap_used,
+    clippy::float_cmp,
+    reason = "a test may panic; many values must be exact"
+)]
 
 mod common;
 
@@ -32,7 +37,9 @@ fn an_update_uses_the_codes_that_were_assigned_before_it() {
     let start = values(&model.codebook(0).unwrap());
     let z = uniform(0, &[32, 6], 1.0);
     let codes = Codes { levels: vec![Tensor::full(3u32, 32, &Device::Cpu).unwrap()] };
-    model.update_codebooks(&[z.clone()], &codes, &CodebookUpdate::default(), 0).unwrap();
+    model
+        .update_codebooks(std::slice::from_ref(&z), &codes, &CodebookUpdate::default(), 0)
+        .unwrap();
     let sums = values(&z.sum(0).unwrap());
     let after = row(&model, 3);
     for ((after, start), sum) in after.iter().zip(&start[18..24]).zip(sums) {
@@ -49,7 +56,9 @@ fn a_code_that_is_not_hit_does_not_move() {
     let codes =
         Codes { levels: vec![Tensor::zeros(32, candle_core::DType::U32, &Device::Cpu).unwrap()] };
     for step in 0..3000 {
-        model.update_codebooks(&[z.clone()], &codes, &CodebookUpdate::default(), step).unwrap();
+        model
+            .update_codebooks(std::slice::from_ref(&z), &codes, &CodebookUpdate::default(), step)
+            .unwrap();
     }
     let after = values(&model.codebook(0).unwrap());
     assert_eq!(after[6..], start[6..], "not by one bit in 3,000 steps");
@@ -57,7 +66,9 @@ fn a_code_that_is_not_hit_does_not_move() {
     assert!(after[..6].iter().zip(mean).all(|(e, mean)| (e - mean).abs() < 1e-4));
     // A code that comes back after its N has all but vanished is finite and lands on its vectors.
     let codes = Codes { levels: vec![Tensor::full(5u32, 32, &Device::Cpu).unwrap()] };
-    model.update_codebooks(&[z.clone()], &codes, &CodebookUpdate::default(), 3000).unwrap();
+    model
+        .update_codebooks(std::slice::from_ref(&z), &codes, &CodebookUpdate::default(), 3000)
+        .unwrap();
     let mean = values(&z.mean(0).unwrap());
     assert!(row(&model, 5).iter().zip(mean).all(|(e, mean)| (e - mean).abs() < 1e-3));
 }
@@ -119,7 +130,10 @@ fn revival_resets_embedding_and_averages_onto_distinct_vectors_of_the_batch_and_
         let codes: Vec<u32> = (0..160).map(|i| i % 2).collect();
         let codes = Codes { levels: vec![Tensor::from_vec(codes, 160, &Device::Cpu).unwrap()] };
         let options = CodebookUpdate { revive_threshold: 0.1, seed: 1 };
-        let report = model.update_codebooks(&[z.clone()], &codes, &options, 7).unwrap().remove(0);
+        let report = model
+            .update_codebooks(std::slice::from_ref(&z), &codes, &options, 7)
+            .unwrap()
+            .remove(0);
         assert_eq!(report.revived, (2..16).collect::<Vec<_>>(), "{rule:?}");
         assert_eq!(report.codes_in_use(), 2);
         assert_eq!(report.counts[..3], [80, 80, 0]);
@@ -180,7 +194,7 @@ fn several_batches_are_summed_before_one_update() {
     };
     let z = uniform(0, &[64, 6], 0.2);
     let parts = [z.narrow(0, 0, 24).unwrap(), z.narrow(0, 24, 40).unwrap()];
-    assert_eq!(update(&[z.clone()]), update(&parts));
+    assert_eq!(update(std::slice::from_ref(&z)), update(&parts));
 }
 
 #[test]
@@ -211,7 +225,7 @@ fn kmeans_finds_clusters_and_every_code_is_in_use() {
         let around = uniform(1, &[32, 16, 6], 0.01);
         let pool = clumps.broadcast_add(&around).unwrap();
         let error = |rounds: usize| {
-            model.initialize_codebooks(&[pool.clone()], rounds, 3).unwrap();
+            model.initialize_codebooks(std::slice::from_ref(&pool), rounds, 3).unwrap();
             let flat = pool.reshape((1, 32, 16, 6)).unwrap();
             common::scalar(&model.quantizer(0).unwrap().quantize(&flat).unwrap().commitment_loss)
         };
@@ -226,7 +240,7 @@ fn kmeans_finds_clusters_and_every_code_is_in_use() {
         let usage = buffer(&model, "usage");
         assert!((usage.iter().sum::<f32>() - 512.0).abs() < 1e-3, "N is the sizes of the clusters");
         let first = bits(&model);
-        model.initialize_codebooks(&[pool.clone()], 20, 3).unwrap();
+        model.initialize_codebooks(std::slice::from_ref(&pool), 20, 3).unwrap();
         assert_eq!(bits(&model), first, "the seed decides");
     }
 }

@@ -1,4 +1,5 @@
 //! Images to codes and back.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 

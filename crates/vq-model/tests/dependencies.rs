@@ -1,4 +1,5 @@
 //! What a program that depends on this crate has to compile.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 use std::process::Command;
 

@@ -1,4 +1,9 @@
 //! Agreement with PyTorch; `golden/make_golden.py` made the values.
+#![allow(
+    clippy::unwrap_used,
+    clippy::print_stdout,
+    reason = "a test may panic, and shows its figures"
+)]
 
 use std::collections::BTreeMap;
 

@@ -1,4 +1,9 @@
 //! Losses, stop-gradients and gradient estimators.
+#![allow(
+    clippy::unwrap_used,
+    clippy::float_cmp,
+    reason = "a test may panic; many values must be exact"
+)]
 
 mod common;
 
@@ -134,7 +139,8 @@ fn rotation_gives_the_code_exactly_and_turns_and_scales_the_gradient() {
 
 #[test]
 fn rotation_is_finite_for_zero_vectors_and_opposite_codes() {
-    let rows: [([f32; 3], [f32; 3]); 7] = [
+    type Row = ([f32; 3], [f32; 3]);
+    let rows: [Row; 7] = [
         ([0.0, 0.0, 0.0], [1.0, 2.0, 3.0]),
         ([1.0, 2.0, 3.0], [0.0, 0.0, 0.0]),
         ([0.0, 0.0, 0.0], [0.0, 0.0, 0.0]),
@@ -143,7 +149,7 @@ fn rotation_is_finite_for_zero_vectors_and_opposite_codes() {
         ([1e-30, 0.0, 0.0], [1.0, 0.0, 0.0]),
         ([1e18, 0.0, 1e18], [1e-18, 1e-18, 0.0]),
     ];
-    let flatten = |pick: fn(&([f32; 3], [f32; 3])) -> [f32; 3]| {
+    let flatten = |pick: fn(&Row) -> [f32; 3]| {
         let values: Vec<f32> = rows.iter().flat_map(pick).collect();
         Tensor::from_vec(values, (rows.len(), 3), &Device::Cpu).unwrap()
     };

@@ -1,4 +1,5 @@
 //! Saving, loading, and what is said about files that do not fit.
+#![allow(clippy::unwrap_used, reason = "a test may panic")]
 
 mod common;
 

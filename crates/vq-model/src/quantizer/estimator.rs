@@ -3,12 +3,12 @@
 use candle_core::{D, DType, Tensor};
 
 use crate::Result;
+use crate::pointwise::replace_value;
 
 /// The straight-through estimator (van den Oord et al. 2017, section 3.2): `z_e` and `e`, both
 /// `[…,D]`, to `e` exactly, with ∂L/∂`z_e` = ∂L/∂`z_q` exactly. `e` receives no gradient.
 pub fn straight_through(z_e: &Tensor, e: &Tensor) -> Result<Tensor> {
-    // z + (e − z) would round; (z − z) + e does not: z − z is 0.
-    Ok((z_e.sub(&z_e.detach())? + e.detach())?)
+    Ok(replace_value(z_e, e)?)
 }
 
 /// The rotation trick (Fifty et al. 2024, section 4.2): `z_e` and `e`, both `[N,D]`, to `e` exactly,

@@ -1,11 +1,12 @@
 //! The vector quantizer of van den Oord et al. 2017.
 
-use candle_core::{D, Tensor, Var};
+use candle_core::{Tensor, Var};
 use vq_ops::nearest_codes;
 
 use super::{CodebookReport, CodebookUpdate, Quantized, Quantizer};
 use super::{kmeans, rotation, straight_through, update};
 use crate::part::Builder;
+use crate::pointwise::squared_error;
 use crate::{CodebookRule, Error, GradientEstimator, QuantizerConfig, Result};
 
 /// Replaces each vector by the nearest of K code vectors e (van den Oord et al. 2017, eq. 1 and 2).
@@ -133,9 +134,4 @@ impl Quantizer for VectorQuantizer {
     ) -> Result<CodebookReport> {
         update::update(self, z_e, codes, options, step)
     }
-}
-
-/// The mean of (a − b)² over all elements; first over each row, which loses less to rounding.
-fn squared_error(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    Ok(a.sub(b)?.sqr()?.mean(D::Minus1)?.mean_all()?)
 }

@@ -1,0 +1,70 @@
+//! One level: an encoder, a quantizer and a decoder.
+
+use crate::part::{Builder, NamedLayers, Part};
+use crate::quantizer::{Quantizer, VectorQuantizer};
+use crate::{Config, Error, Result, architecture};
+
+#[derive(Debug)]
+pub(crate) struct Level {
+    /// From the level below (the image) to features; the top level's also holds its projection.
+    pub(crate) encoder: Part,
+    /// From the features and what the levels above decode to, to `z_e`; none at the top.
+    pub(crate) projection: Option<Part>,
+    pub(crate) quantizer: Box<dyn Quantizer>,
+    /// From this level's and all higher levels' `z_q` to the level below (the image).
+    pub(crate) decoder: Part,
+}
+
+impl Level {
+    /// The level `index` of a config that is valid, with fresh parameters.
+    pub(crate) fn new(config: &Config, index: usize, builder: &mut Builder) -> Result<Self> {
+        let missing = || Error::config("levels", format!("has no level {index}"));
+        let level = config.levels.get(index).ok_or_else(missing)?;
+        let below = index.checked_sub(1).and_then(|below| config.levels.get(below));
+        let channels_below = below.map_or(config.channels, |below| below.hidden);
+        let name = |part: &str| format!("levels.{index}.{part}");
+        let dim = level.quantizer.dim;
+
+        let (above_channels, above_dims) = match config.levels.get(index + 1) {
+            // A level's decoder gives features like those of the level below.
+            Some(_) => (level.hidden, above_dims(config, index)),
+            None => (0, 0),
+        };
+        let is_top = above_channels == 0;
+        let mut segments: Vec<NamedLayers> = vec![architecture::downsampling(
+            &name("encoder"),
+            level,
+            channels_below,
+            /* relu_input */ index > 0,
+        )];
+        let mut residual = architecture::residual_blocks(&name("encoder"), level);
+        let projection =
+            architecture::projection(&name("projection"), level.hidden + above_channels, dim);
+        let projection = if is_top {
+            residual.extend(projection);
+            None
+        } else {
+            Some(Part::new(vec![projection], builder)?)
+        };
+        if !residual.is_empty() {
+            segments.push(residual);
+        }
+        let decoder =
+            architecture::decoder(&name("decoder"), level, dim + above_dims, channels_below);
+        Ok(Self {
+            encoder: Part::new(segments, builder)?,
+            projection,
+            quantizer: Box::new(VectorQuantizer::new(
+                &name("quantizer"),
+                &level.quantizer,
+                builder,
+            )?),
+            decoder: Part::new(vec![decoder], builder)?,
+        })
+    }
+}
+
+/// Σ D of the levels above `index`.
+fn above_dims(config: &Config, index: usize) -> usize {
+    config.levels.iter().skip(index + 1).map(|level| level.quantizer.dim).sum()
+}

@@ -1,0 +1,244 @@
+//! Elementwise operations in one pass each way on the CPU. candle's own take several, each with a new
+//! tensor: `ReLU`'s backward pass alone makes five. Other devices run candle's.
+
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
+
+/// max(x, 0). As in PyTorch the gradient at 0 is 0 and NaN stays NaN (candle 0.11.1: 1, and 0).
+pub(crate) fn relu(x: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() { x.contiguous()?.apply_op1(Relu) } else { x.relu() }
+}
+
+/// The value of `b` with the gradient of `a`: ∂/∂a = the gradient of the result, ∂/∂b = 0. Equal shapes.
+pub(crate) fn replace_value(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    let b = b.detach();
+    if a.device().is_cpu() {
+        a.apply_op2(&b.contiguous()?, ReplaceValue)
+    } else {
+        // a + (b − a) would round; (a − a) + b does not.
+        a.sub(&a.detach())?.add(&b)
+    }
+}
+
+/// The mean of (a − b)² over all elements of two tensors of the same shape; a scalar.
+pub(crate) fn squared_error(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    if a.device().is_cpu() {
+        a.contiguous()?.apply_op2(&b.contiguous()?, SquaredError)
+    } else {
+        // First over each row: that loses less to rounding.
+        a.sub(b)?.sqr()?.mean(D::Minus1)?.mean_all()
+    }
+}
+
+struct Relu;
+struct ReplaceValue;
+struct SquaredError;
+
+impl CustomOp1 for Relu {
+    fn name(&self) -> &'static str {
+        "relu"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let values = elements(x, layout)?.iter().map(|&x| if x <= 0.0 { 0.0 } else { x }).collect();
+        Ok((CpuStorage::F32(values), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, result: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        result.apply_op2_no_bwd(&grad.contiguous()?, &Masked).map(Some)
+    }
+}
+
+/// Where the first operand is positive the second, elsewhere 0.
+struct Masked;
+
+impl CustomOp2 for Masked {
+    fn name(&self) -> &'static str {
+        "relu-backward"
+    }
+
+    fn cpu_fwd(
+        &self,
+        y: &CpuStorage,
+        y_layout: &Layout,
+        grad: &CpuStorage,
+        grad_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let pairs = elements(y, y_layout)?.iter().zip(elements(grad, grad_layout)?);
+        let values = pairs.map(|(&y, &grad)| if y > 0.0 { grad } else { 0.0 }).collect();
+        Ok((CpuStorage::F32(values), y_layout.shape().clone()))
+    }
+}
+
+impl CustomOp2 for ReplaceValue {
+    fn name(&self) -> &'static str {
+        "replace-value"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        a_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        if a_layout.shape() != b_layout.shape() {
+            bail!("shapes differ: {:?} and {:?}", a_layout.shape(), b_layout.shape());
+        }
+        Ok((CpuStorage::F32(elements(b, b_layout)?.to_vec()), b_layout.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        _: &Tensor,
+        _: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(grad.clone()), None))
+    }
+}
+
+impl CustomOp2 for SquaredError {
+    fn name(&self) -> &'static str {
+        "squared-error"
+    }
+
+    fn cpu_fwd(
+        &self,
+        a: &CpuStorage,
+        a_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        if a_layout.shape() != b_layout.shape() {
+            bail!("shapes differ: {:?} and {:?}", a_layout.shape(), b_layout.shape());
+        }
+        let (a, b) = (elements(a, a_layout)?, elements(b, b_layout)?);
+        let ((a_chunks, a_rest), (b_chunks, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
+        // Eight sums, so that they fill vector registers.
+        let mut sums = [0f64; 8];
+        for (a, b) in a_chunks.iter().zip(b_chunks) {
+            for ((sum, a), b) in sums.iter_mut().zip(a).zip(b) {
+                *sum += f64::from(a - b).powi(2);
+            }
+        }
+        let rest: f64 = a_rest.iter().zip(b_rest).map(|(a, b)| f64::from(a - b).powi(2)).sum();
+        let mean = (sums.iter().sum::<f64>() + rest) / a.len() as f64;
+        Ok((CpuStorage::F32(vec![mean as f32]), Shape::from(())))
+    }
+
+    fn bwd(
+        &self,
+        a: &Tensor,
+        b: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let scale = 2.0 * f64::from(grad.to_scalar::<f32>()?) / a.elem_count() as f64;
+        let gradient = |x: &Tensor, other: &Tensor| -> Result<Option<Tensor>> {
+            if !x.track_op() {
+                return Ok(None);
+            }
+            x.apply_op2_no_bwd(other, &ScaledDifference(scale as f32)).map(Some)
+        };
+        Ok((gradient(a, b)?, gradient(b, a)?))
+    }
+}
+
+/// (a − b) times a factor.
+struct ScaledDifference(f32);
+
+impl CustomOp2 for ScaledDifference {
+    fn name(&self) -> &'static str {
+        "scaled-difference"
+    }
+
+    fn cpu_fwd(
+        &self,
+        a: &CpuStorage,
+        a_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let pairs = elements(a, a_layout)?.iter().zip(elements(b, b_layout)?);
+        let values = pairs.map(|(a, b)| (a - b) * self.0).collect();
+        Ok((CpuStorage::F32(values), a_layout.shape().clone()))
+    }
+}
+
+/// The elements of a contiguous f32 tensor.
+fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
+    let values = match layout.contiguous_offsets() {
+        Some((start, end)) => storage.as_slice::<f32>()?.get(start..end),
+        None => None,
+    };
+    match values {
+        Some(values) => Ok(values),
+        None => bail!("needs a contiguous tensor"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+    use crate::random::Stream;
+
+    fn random(name: &str, rows: usize) -> Var {
+        let values = Stream::new(0, name, 0).uniform(rows * 5, 1.0);
+        Var::from_vec(values, (rows, 5), &Device::Cpu).unwrap()
+    }
+
+    /// Values and both gradients, with random weights on the result.
+    fn run(f: impl Fn(&Tensor, &Tensor) -> Result<Tensor>, rows: usize) -> Vec<Option<Vec<f32>>> {
+        let (a, b, weights) = (random("a", rows), random("b", rows), random("w", rows));
+        let y = f(&a, &b).unwrap();
+        let loss = match y.rank() {
+            0 => (&y * 3.0).unwrap(),
+            _ => (&y * weights.as_tensor()).unwrap().sum_all().unwrap(),
+        };
+        let gradients = loss.backward().unwrap();
+        let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        vec![Some(values(&y)), gradients.get(&a).map(values), gradients.get(&b).map(values)]
+    }
+
+    fn assert_close(ours: &[Option<Vec<f32>>], theirs: &[Option<Vec<f32>>]) {
+        for (ours, theirs) in ours.iter().zip(theirs) {
+            assert_eq!(ours.is_some(), theirs.is_some());
+            for (a, b) in ours.iter().flatten().zip(theirs.iter().flatten()) {
+                assert!((a - b).abs() < 1e-6, "{a} {b}");
+            }
+        }
+    }
+
+    #[test]
+    fn they_agree_with_candles_operations() {
+        for rows in [1, 2, 13, 800] {
+            assert_close(&run(|a, _| relu(a), rows), &run(|a, _| a.relu(), rows));
+            assert_close(&run(|a, _| relu(&a.t()?)?.t(), rows), &run(|a, _| a.relu(), rows));
+            assert_close(&run(squared_error, rows), &run(|a, b| a.sub(b)?.sqr()?.mean_all(), rows));
+            let composed = |a: &Tensor, b: &Tensor| a.sub(&a.detach())?.add(&b.detach());
+            assert_close(&run(replace_value, rows), &run(composed, rows));
+        }
+    }
+
+    #[test]
+    fn relu_is_pytorchs_at_0_and_nan() {
+        let x = Var::new(&[-1f32, 0.0, 2.0], &Device::Cpu).unwrap();
+        let gradients = relu(&x).unwrap().sum_all().unwrap().backward().unwrap();
+        assert_eq!(gradients.get(&x).unwrap().to_vec1::<f32>().unwrap(), [0.0, 0.0, 1.0]);
+        let nan = Tensor::new(&[f32::NAN], &Device::Cpu).unwrap();
+        assert!(relu(&nan).unwrap().to_vec1::<f32>().unwrap()[0].is_nan());
+    }
+
+    #[test]
+    fn an_operand_that_is_no_variable_gets_no_gradient() {
+        let (a, b) = (random("a", 3), random("b", 3));
+        let loss = squared_error(&a.as_detached_tensor(), &b).unwrap();
+        let gradients = loss.backward().unwrap();
+        assert!(gradients.get(&b).is_some() && gradients.get(&a).is_none());
+        assert!(squared_error(&a, &random("b", 4)).is_err());
+        assert!(replace_value(&a, &random("b", 4)).is_err());
+    }
+}
