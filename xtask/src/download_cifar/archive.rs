@@ -21,7 +21,13 @@ pub(super) fn sha256(file: &mut File, path: &Path) -> Result<String, Error> {
             n => hasher.update(&buffer[..n]),
         }
     }
-    Ok(format!("{:x}", hasher.finalize()))
+    Ok(hexadecimal(&hasher.finalize()))
+}
+
+/// Two digits a byte, in lower case.
+fn hexadecimal(bytes: &[u8]) -> String {
+    let digits = bytes.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    digits.filter_map(|digit| char::from_digit(u32::from(digit), 16)).collect()
 }
 
 /// Unpacks into a temporary folder beside the target, checks what came out, and moves it into place

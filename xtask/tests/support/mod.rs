@@ -144,7 +144,9 @@ fn answer(mut stream: TcpStream, reply: &Reply) {
 }
 
 pub(crate) fn digest(bytes: &[u8]) -> String {
-    format!("{:x}", Sha256::digest(bytes))
+    let hash = Sha256::digest(bytes);
+    let digits = hash.iter().flat_map(|byte| [byte >> 4, byte & 15]);
+    digits.filter_map(|digit| char::from_digit(u32::from(digit), 16)).collect()
 }
 
 /// Bytes that do not compress.
