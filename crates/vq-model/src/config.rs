@@ -61,6 +61,9 @@ pub struct QuantizerConfig {
     pub codebook_size: usize,
     /// D, the length of a code vector.
     pub dim: usize,
+    /// Compare directions only: vectors and codes are scaled to length 1, and the losses are taken
+    /// between the scaled ones (Yu et al. 2022, "Vector-quantized Image Modeling with Improved VQGAN").
+    pub cosine: bool,
     /// What moves the code vectors.
     pub rule: CodebookRule,
     /// What the encoder receives as the gradient of `z_q`.
@@ -292,6 +295,7 @@ impl Default for QuantizerConfig {
         Self {
             codebook_size: 512,
             dim: 64,
+            cosine: false,
             rule: CodebookRule::Gradient,
             gradient_estimator: GradientEstimator::StraightThrough,
             decay: 0.99,

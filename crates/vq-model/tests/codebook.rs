@@ -215,6 +215,24 @@ fn revival_depends_on_seed_and_step_alone() {
 }
 
 #[test]
+fn cosine_codes_are_renormalised_after_an_update() {
+    let mut config = small_with(CodebookRule::Ema, GradientEstimator::StraightThrough);
+    config.levels[0].quantizer.cosine = true;
+    config.levels[0].quantizer.decay = 0.8;
+    let model = model(&config, 0);
+    let options = CodebookUpdate { revive_threshold: 0.3, seed: 0 };
+    for step in 0..10 {
+        let z = uniform(step, &[64, 6], 3.0);
+        let codes = assign(&model, &z);
+        model.update_codebooks(&[z], &codes, &options, step).unwrap();
+        // As stored, not only as given out.
+        for e in buffer(&model, "codebook").chunks(6) {
+            assert!((e.iter().map(|v| v * v).sum::<f32>() - 1.0).abs() < 1e-5, "{e:?}");
+        }
+    }
+}
+
+#[test]
 fn kmeans_finds_clusters_and_every_code_is_in_use() {
     for rule in [CodebookRule::Gradient, CodebookRule::Ema] {
         let config = small_with(rule, GradientEstimator::StraightThrough);

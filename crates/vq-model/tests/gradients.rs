@@ -248,6 +248,43 @@ fn norm(a: &[f32]) -> f32 {
 }
 
 #[test]
+fn cosine_codes_compare_directions_and_take_the_losses_in_the_normalised_space() {
+    for rule in RULES {
+        let mut config = small_with(rule, GradientEstimator::StraightThrough);
+        config.levels[0].quantizer.cosine = true;
+        let model = model(&config, 2);
+        let quantizer = model.quantizer(0).unwrap();
+        let z_e = Var::from_tensor(&uniform(0, &[2, 4, 4, 6], 0.3)).unwrap();
+        let quantized = quantizer.quantize(&z_e).unwrap();
+        for e in
+            values(&quantized.z_q).chunks(6).chain(values(&model.codebook(0).unwrap()).chunks(6))
+        {
+            assert!((norm(e) - 1.0).abs() < 1e-5);
+        }
+        let longer = quantizer.quantize(&(z_e.as_tensor() * 7.0).unwrap()).unwrap();
+        assert_eq!(common::codes(&quantized.codes), common::codes(&longer.codes));
+        let z_hat: Vec<f32> = values(&z_e)
+            .chunks(6)
+            .flat_map(|z| z.iter().map(|v| v / norm(z)).collect::<Vec<_>>())
+            .collect();
+        let expected = mean_square(&z_hat, &values(&quantized.z_q)) as f32;
+        assert!((scalar(&quantized.commitment_loss) - expected).abs() < 1e-6);
+        if rule == CodebookRule::Gradient {
+            assert!((scalar(&quantized.codebook_loss) - expected).abs() < 1e-6);
+        }
+        // The length of z_e changes nothing, so no gradient points along it.
+        let gradients = quantized.commitment_loss.backward().unwrap();
+        for (g, z) in values(gradients.get(&z_e).unwrap()).chunks(6).zip(values(&z_e).chunks(6)) {
+            assert!(dot(g, z).abs() < 1e-4 * norm(g) * norm(z) + 1e-9);
+        }
+        let zeros = Var::zeros((1, 1, 2, 6), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let loss = quantizer.quantize(&zeros).unwrap().commitment_loss;
+        let gradients = loss.backward().unwrap();
+        assert!(values(gradients.get(&zeros).unwrap()).iter().all(|g| g.is_finite()));
+    }
+}
+
+#[test]
 fn evaluating_records_no_graph_and_gives_the_same_values() {
     for config in common::all_kinds() {
         let (model, images) = (model(&config, 0), images(&config, 2, 1));

@@ -17,7 +17,7 @@ pub(super) fn initialize(
     rounds: usize,
     seed: u64,
 ) -> Result<()> {
-    let pool = quantizer.flatten(z_e)?;
+    let pool = quantizer.vectors(z_e)?;
     let (k, dim) = (quantizer.config.codebook_size, quantizer.config.dim);
     let vectors = pool.flatten_all()?.to_vec1::<f32>()?;
     if vectors.is_empty() || vectors.iter().any(|value| !value.is_finite()) {
@@ -29,7 +29,7 @@ pub(super) fn initialize(
     }
     let mut stream = Stream::new(seed, &format!("{}.kmeans", quantizer.name), 0);
     let mut centres = seed_rows(&vectors, dim, k, &mut stream);
-    let mut tensor = Tensor::from_slice(&centres, (k, dim), pool.device())?;
+    let mut tensor = quantizer.scaled(&Tensor::from_slice(&centres, (k, dim), pool.device())?)?;
     for _ in 0..rounds {
         let (counts, sums) = code_statistics(&pool, &nearest_codes(&pool, &tensor)?, k)?;
         let (counts, sums) = (counts.to_vec1::<f32>()?, sums.flatten_all()?.to_vec1::<f32>()?);
@@ -46,7 +46,7 @@ pub(super) fn initialize(
                 fresh = rest;
             }
         }
-        tensor = Tensor::from_slice(&centres, (k, dim), pool.device())?;
+        tensor = quantizer.scaled(&Tensor::from_slice(&centres, (k, dim), pool.device())?)?;
     }
     let (counts, _) = code_statistics(&pool, &nearest_codes(&pool, &tensor)?, k)?;
     let usage = counts.maximum(1.0)?;

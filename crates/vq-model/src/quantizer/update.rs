@@ -51,7 +51,7 @@ impl CodebookReport {
 ///
 /// Rule `ema` (van den Oord et al. 2017, appendix A.1), with n and s the batch's counts and sums:
 /// N ← γN + (1 − γ)n, m ← γm + (1 − γ)s, e = m/Ñ. Ñ = (N + ε)/(ΣN + Kε)·ΣN smooths the division and is
-/// never kept. A code that was not chosen does not move.
+/// never kept. A code that was not chosen does not move. With `cosine`, z and e are of length 1.
 pub(super) fn update(
     quantizer: &VectorQuantizer,
     z_e: &Tensor,
@@ -59,7 +59,7 @@ pub(super) fn update(
     options: &CodebookUpdate,
     step: u64,
 ) -> Result<CodebookReport> {
-    let z = quantizer.flatten(z_e)?;
+    let z = quantizer.vectors(z_e)?;
     let codes = codes.flatten_all()?;
     let (tokens, size) = (z.dim(0)?, quantizer.config.codebook_size);
     if codes.dim(0)? != tokens || tokens == 0 {
@@ -77,6 +77,7 @@ pub(super) fn update(
         let smoothed =
             usage.affine(1.0, epsilon)?.affine(total / (total + size as f64 * epsilon), 0.0)?;
         let moved = averaged.as_detached_tensor().broadcast_div(&smoothed.unsqueeze(1)?)?;
+        let moved = quantizer.scaled(&moved)?;
         let chosen = counts.gt(0.0)?.unsqueeze(1)?.broadcast_as(moved.shape())?.contiguous()?;
         quantizer
             .codebook

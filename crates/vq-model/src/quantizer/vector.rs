@@ -1,6 +1,6 @@
 //! The vector quantizer of van den Oord et al. 2017.
 
-use candle_core::{Tensor, Var};
+use candle_core::{D, Tensor, Var};
 use vq_ops::nearest_codes;
 
 use super::{CodebookReport, CodebookUpdate, Quantized, Quantizer};
@@ -49,15 +49,35 @@ impl VectorQuantizer {
         })
     }
 
-    /// `[…,D]` to `[N,D]`, detached.
-    pub(super) fn flatten(&self, z_e: &Tensor) -> Result<Tensor> {
+    /// `[…,D]` to `[N,D]`, of length 1 if `cosine`. Differentiable.
+    fn flatten(&self, z_e: &Tensor) -> Result<Tensor> {
         let dim = self.config.dim;
         match z_e.dims().last() {
-            Some(&last) if last == dim => Ok(z_e.detach().reshape(((), dim))?),
+            Some(&last) if last == dim => self.scaled(&z_e.reshape(((), dim))?),
             _ => {
                 Err(Error::Input(format!("{} takes [.., {dim}], got {:?}", self.name, z_e.dims())))
             }
         }
+    }
+
+    /// [`flatten`](Self::flatten) without a gradient: what codes are chosen by and averages are of.
+    pub(super) fn vectors(&self, z_e: &Tensor) -> Result<Tensor> {
+        self.flatten(&z_e.detach())
+    }
+
+    /// Rows `[N,D]` as the codebook's metric sees them: of length 1 if `cosine`, else as they are.
+    pub(super) fn scaled(&self, rows: &Tensor) -> Result<Tensor> {
+        if !self.config.cosine {
+            return Ok(rows.clone());
+        }
+        // The addend keeps the gradient finite for a row of zeros.
+        let norm = (rows.sqr()?.sum_keepdim(D::Minus1)? + 1e-12)?.sqrt()?;
+        Ok(rows.broadcast_div(&norm)?)
+    }
+
+    /// `[N]`
+    fn nearest(&self, z_e: &Tensor) -> Result<Tensor> {
+        Ok(nearest_codes(&self.vectors(z_e)?, &self.codebook()?)?)
     }
 }
 
@@ -71,15 +91,15 @@ impl Quantizer for VectorQuantizer {
     }
 
     fn quantize(&self, z_e: &Tensor) -> Result<Quantized> {
-        let flat = z_e.reshape(((), self.config.dim))?;
-        let codes = nearest_codes(&self.flatten(z_e)?, &self.codebook.as_detached_tensor())?;
+        let flat = self.flatten(z_e)?;
+        let codes = self.nearest(z_e)?;
         let (codebook_loss, e) = match self.config.rule {
             CodebookRule::Gradient => {
-                let e = self.codebook.index_select(&codes, 0)?;
+                let e = self.scaled(&self.codebook.index_select(&codes, 0)?)?;
                 (squared_error(&flat.detach(), &e)?, e.detach())
             }
             CodebookRule::Ema => {
-                let e = self.codebook.as_detached_tensor().index_select(&codes, 0)?;
+                let e = self.codebook()?.index_select(&codes, 0)?;
                 (Tensor::zeros((), e.dtype(), e.device())?, e)
             }
         };
@@ -97,20 +117,19 @@ impl Quantizer for VectorQuantizer {
     }
 
     fn encode(&self, z_e: &Tensor) -> Result<Tensor> {
-        let codes = nearest_codes(&self.flatten(z_e)?, &self.codebook.as_detached_tensor())?;
         let (b, h, w, _) = z_e.dims4()?;
-        Ok(codes.reshape((b, h, w))?)
+        Ok(self.nearest(z_e)?.reshape((b, h, w))?)
     }
 
     fn decode(&self, codes: &Tensor) -> Result<Tensor> {
-        let e = self.codebook.as_detached_tensor().index_select(&codes.flatten_all()?, 0)?;
+        let e = self.codebook()?.index_select(&codes.flatten_all()?, 0)?;
         let mut shape = codes.dims().to_vec();
         shape.push(self.config.dim);
         Ok(e.reshape(shape)?)
     }
 
     fn codebook(&self) -> Result<Tensor> {
-        Ok(self.codebook.as_detached_tensor())
+        self.scaled(&self.codebook.as_detached_tensor())
     }
 
     fn multiply_adds(&self, positions: usize) -> u64 {

@@ -32,12 +32,15 @@ pub fn two_levels() -> Config {
     config
 }
 
-/// Every combination of rule and estimator, and two levels.
+/// Every combination of rule, estimator and metric, and two levels.
 pub fn all_kinds() -> Vec<Config> {
     let mut configs = vec![two_levels()];
     for rule in [CodebookRule::Gradient, CodebookRule::Ema] {
         for estimator in [GradientEstimator::StraightThrough, GradientEstimator::Rotation] {
             configs.push(small_with(rule, estimator));
+            let mut cosine = small_with(rule, estimator);
+            cosine.levels[0].quantizer.cosine = true;
+            configs.push(cosine);
         }
     }
     configs
