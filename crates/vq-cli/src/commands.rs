@@ -1,0 +1,28 @@
+//! One file per command.
+
+pub(crate) mod configs;
+pub(crate) mod decode;
+pub(crate) mod encode;
+pub(crate) mod eval;
+pub(crate) mod inspect;
+pub(crate) mod reconstruct;
+pub(crate) mod train;
+
+use std::process::ExitCode;
+
+use crate::cli::{Cli, Command};
+use crate::error::Result;
+
+pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
+    let format = cli.log_format;
+    match &cli.command {
+        Command::Train(args) => return train::run(args, format),
+        Command::Eval(args) => eval::run(args, format)?,
+        Command::Reconstruct(args) => reconstruct::run(args, format)?,
+        Command::Encode(args) => encode::run(args, format)?,
+        Command::Decode(args) => decode::run(args, format)?,
+        Command::Inspect(args) => inspect::run(args, format)?,
+        Command::Configs(args) => configs::run(args)?,
+    }
+    Ok(ExitCode::SUCCESS)
+}

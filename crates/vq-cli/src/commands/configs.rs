@@ -1,0 +1,23 @@
+//! `vq configs`
+
+use clap::Args;
+
+use crate::error::Result;
+use crate::{output, recipes};
+
+/// List the embedded recipes, or print one as a start for your own.
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  vq configs cifar10 > mine.toml && vq train --config mine.toml")]
+pub(crate) struct ConfigsArgs {
+    /// The recipe to print.
+    name: Option<String>,
+}
+
+pub(crate) fn run(args: &ConfigsArgs) -> Result<()> {
+    match &args.name {
+        Some(name) => output::line(recipes::embedded(name)?.text.trim_end()),
+        None => recipes::EMBEDDED
+            .iter()
+            .try_for_each(|recipe| output::line(format!("{:15}{}", recipe.name, recipe.summary()))),
+    }
+}

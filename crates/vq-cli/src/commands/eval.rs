@@ -1,0 +1,120 @@
+//! `vq eval`
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use serde_json::{Map, Value, json};
+use vq_data::pixel_variance;
+use vq_model::VqVae;
+use vq_train::{
+    DataConfig, EvaluateOptions, Evaluation, RECIPE_FILE, Recipe, evaluate, resolve_model,
+};
+use vq_viz::{image_grid, save_codebook_usage, save_png};
+
+use crate::cli::LogFormat;
+use crate::compute::ComputeArgs;
+use crate::data_args::DataArgs;
+use crate::error::{Error, Result};
+use crate::observers::{GRID_COLUMNS, GRID_PADDING};
+use crate::{file, output};
+
+/// Judge a model on a data set: MSE, PSNR, SSIM, perplexity, codes in use.
+///
+/// Without --data, on the data that the model's run was trained on.
+#[derive(Debug, Args)]
+pub(crate) struct EvalArgs {
+    /// The model: a run's folder (its best checkpoint), a checkpoint's or a model's.
+    #[arg(long, default_value = "results", value_name = "FOLDER")]
+    model: PathBuf,
+
+    /// Which split to judge on.
+    #[arg(long, value_enum, default_value_t = Split::Test)]
+    split: Split,
+
+    /// Images at a time; does not change the figures.
+    #[arg(long, alias = "batch_size", default_value_t = 128, value_name = "N")]
+    batch_size: usize,
+
+    /// Also write eval_orig.png, eval_recon.png and eval_codebook.svg there.
+    #[arg(long, value_name = "FOLDER")]
+    out: Option<PathBuf>,
+
+    #[command(flatten)]
+    data: DataArgs,
+
+    #[command(flatten)]
+    compute: ComputeArgs,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Split {
+    Train,
+    Test,
+}
+
+/// Images in the pictures.
+const SAMPLES: usize = 64;
+
+pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
+    let device = args.compute.start()?;
+    let folder = resolve_model(&args.model)?;
+    let model = VqVae::from_pretrained(&folder, &device)?;
+    let mut data = trained_on(&folder)?.unwrap_or_default();
+    args.data.apply(&mut data);
+    let splits = data.open(model.config().image_size)?;
+    for note in &splits.notes {
+        output::note(format, note)?;
+    }
+    let dataset = match args.split {
+        Split::Train => &splits.train,
+        Split::Test => &splits.test,
+    };
+    let options = EvaluateOptions {
+        batch_size: args.batch_size,
+        variance: pixel_variance(splits.train.as_ref())?,
+        samples: SAMPLES,
+        stop: None,
+    };
+    let evaluation = evaluate(&model, dataset, options)?
+        .ok_or_else(|| Error::other("the evaluation was stopped"))?;
+    if let Some(out) = &args.out {
+        pictures(out, &evaluation)?;
+    }
+    let mut record = Map::new();
+    record.insert("event".into(), "evaluated".into());
+    record.insert("model".into(), json!(folder));
+    record.insert("data".into(), dataset.name().into());
+    record.insert("images".into(), dataset.len().into());
+    let mut text = format!("{} on {} ({} images)", folder.display(), dataset.name(), dataset.len());
+    for (name, value) in evaluation.metrics.iter() {
+        record.insert(name.into(), value.into());
+        text.push_str(&format!("\n  {name:14} {value:.6}"));
+    }
+    output::result(format, text, &Value::Object(record))
+}
+
+/// The data that the run which a checkpoint belongs to was started with.
+fn trained_on(folder: &Path) -> Result<Option<DataConfig>> {
+    let folder = fs::canonicalize(folder).map_err(Error::read(folder))?;
+    let recipe = folder.ancestors().take(3).map(|folder| folder.join(RECIPE_FILE));
+    match recipe.into_iter().find(|path| path.is_file()) {
+        Some(path) => Ok(Some(Recipe::from_file(&path)?.data)),
+        None => Ok(None),
+    }
+}
+
+fn pictures(out: &Path, evaluation: &Evaluation) -> Result<()> {
+    file::make_folder(out)?;
+    if let Some(samples) = &evaluation.samples {
+        for (name, images) in
+            [("eval_orig.png", &samples.originals), ("eval_recon.png", &samples.reconstructions)]
+        {
+            save_png(&image_grid(images, GRID_COLUMNS, GRID_PADDING)?, &out.join(name))?;
+        }
+    }
+    if let Some(usage) = evaluation.usage.first() {
+        save_codebook_usage(&out.join("eval_codebook.svg"), "Codebook usage", &usage.counts)?;
+    }
+    Ok(())
+}

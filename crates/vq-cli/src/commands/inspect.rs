@@ -1,0 +1,130 @@
+//! `vq inspect`
+
+use std::path::PathBuf;
+
+use candle_core::Device;
+use clap::Args;
+use serde_json::{Value, json};
+use vq_model::VqVae;
+use vq_train::{Progress, TRAINING_FILE, read_progress, resolve_model};
+
+use crate::cli::LogFormat;
+use crate::error::Result;
+use crate::output;
+
+/// Show what is in a checkpoint: architecture, size, normalisation, codebook use, training state.
+#[derive(Debug, Args)]
+pub(crate) struct InspectArgs {
+    /// A run's folder (its best checkpoint), a checkpoint's (RUN/last) or a model's.
+    #[arg(default_value = "results", value_name = "FOLDER")]
+    model: PathBuf,
+}
+
+pub(crate) fn run(args: &InspectArgs, format: LogFormat) -> Result<()> {
+    let folder = resolve_model(&args.model)?;
+    let model = VqVae::from_pretrained(&folder, &Device::Cpu)?;
+    let progress =
+        if folder.join(TRAINING_FILE).is_file() { Some(read_progress(&folder)?) } else { None };
+    if format == LogFormat::Json {
+        return output::line(json!({
+            "event": "inspected",
+            "path": folder,
+            "config": model.config(),
+            "parameters": count(model.parameters()),
+            "buffers": count(model.buffers()),
+            "multiply_adds": model.multiply_adds()?,
+            "bits_per_image": model.config().bits_per_image(),
+            "training": progress.as_ref().map(state),
+        }));
+    }
+    output::line(format!("{}\n", folder.display()))?;
+    describe(&model)?;
+    match &progress {
+        Some(progress) => training(progress),
+        None => output::line("training      no training state: a model to use, not to resume"),
+    }
+}
+
+fn count(vars: &std::collections::BTreeMap<String, candle_core::Var>) -> usize {
+    vars.values().map(|var| var.elem_count()).sum()
+}
+
+fn describe(model: &VqVae) -> Result<()> {
+    let config = model.config();
+    let [height, width] = config.image_size;
+    output::line(format!(
+        "images        {width}×{height} of {} channels, or any multiple of {}",
+        config.channels,
+        config.downsampling()
+    ))?;
+    let normalization = &config.normalization;
+    output::line(format!(
+        "normalised    (pixel − mean) / std, mean {:?}, std {:?}",
+        normalization.mean, normalization.std
+    ))?;
+    for (index, (level, [h, w])) in
+        config.levels.iter().zip(config.grids(height, width)?).enumerate()
+    {
+        let quantizer = &level.quantizer;
+        output::line(format!(
+            "level {index}       {h}×{w} codes out of K = {}, D = {}, rule {}, {}",
+            quantizer.codebook_size,
+            quantizer.dim,
+            text(&json!(quantizer.rule)),
+            text(&json!(quantizer.gradient_estimator)),
+        ))?;
+        output::line(format!(
+            "              downsampling {}, {} hidden channels, {} residual blocks of {}",
+            level.downsample, level.hidden, level.residual_blocks, level.residual_hidden
+        ))?;
+    }
+    output::line(format!("code          {} bits an image", config.bits_per_image()))?;
+    output::line(format!(
+        "parameters    {} trained, {} kept beside them",
+        count(model.parameters()),
+        count(model.buffers())
+    ))?;
+    output::line(format!(
+        "work          {} multiply-adds an image, forward",
+        output::count(model.multiply_adds()?)
+    ))?;
+    match &config.class_names[..] {
+        [] => Ok(()),
+        names => output::line(format!("classes       {}", names.join(", "))),
+    }
+}
+
+fn training(progress: &Progress) -> Result<()> {
+    output::line(format!(
+        "training      step {}: {} epochs and {} of {} batches done, seed {}",
+        progress.step, progress.epoch, progress.batch, progress.batches_per_epoch, progress.seed
+    ))?;
+    if let Some(best) = &progress.best {
+        output::line(format!("best          {:.3} after epoch {}", best.score, best.epoch))?;
+    }
+    let Some(record) = progress.history.last() else { return Ok(()) };
+    for (name, metrics) in [("train", Some(&record.train)), ("test", record.test.as_ref())] {
+        let Some(metrics) = metrics else { continue };
+        let figures: Vec<String> =
+            metrics.iter().map(|(name, value)| format!("{name} {value:.4}")).collect();
+        output::line(format!("epoch {:<7} {name}: {}", record.epoch, figures.join(", ")))?;
+    }
+    Ok(())
+}
+
+fn state(progress: &Progress) -> Value {
+    json!({
+        "step": progress.step,
+        "epoch": progress.epoch,
+        "batch": progress.batch,
+        "batches_per_epoch": progress.batches_per_epoch,
+        "seed": progress.seed,
+        "best": progress.best,
+        "last_epoch": progress.history.last(),
+    })
+}
+
+/// A JSON string without its quotes.
+fn text(value: &Value) -> String {
+    value.as_str().map_or_else(|| value.to_string(), ToOwned::to_owned)
+}

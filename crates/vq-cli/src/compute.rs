@@ -1,0 +1,130 @@
+//! Where to compute.
+
+use std::num::NonZeroUsize;
+use std::str::FromStr;
+
+use candle_core::Device;
+use candle_core::utils::{cuda_is_available, metal_is_available};
+use clap::Args;
+
+use crate::error::{Error, Result};
+
+#[derive(Clone, Debug, Args)]
+#[command(next_help_heading = "Compute")]
+pub(crate) struct ComputeArgs {
+    /// auto, cpu, cuda, cuda:N or metal; auto takes CUDA, then Metal, then the CPU.
+    #[arg(long, default_value = "auto", value_name = "DEVICE")]
+    device: DeviceChoice,
+
+    /// CPU threads; without it, one per core. Does not change the results.
+    #[arg(long, value_name = "N")]
+    threads: Option<NonZeroUsize>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum DeviceChoice {
+    Auto,
+    Cpu,
+    Cuda(usize),
+    Metal,
+}
+
+impl FromStr for DeviceChoice {
+    type Err = String;
+
+    fn from_str(text: &str) -> std::result::Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "cpu" => Ok(Self::Cpu),
+            "cuda" => Ok(Self::Cuda(0)),
+            "metal" => Ok(Self::Metal),
+            _ => text
+                .strip_prefix("cuda:")
+                .and_then(|number| number.parse().ok())
+                .map(Self::Cuda)
+                .ok_or_else(|| "use auto, cpu, cuda, cuda:N or metal".to_owned()),
+        }
+    }
+}
+
+impl ComputeArgs {
+    /// Sets up the threads and opens the device.
+    pub(crate) fn start(&self) -> Result<Device> {
+        if let Some(threads) = self.threads {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.get());
+            pool.build_global().map_err(|error| {
+                Error::other(format!("cannot start {threads} threads: {error}"))
+            })?;
+        }
+        match self.device {
+            DeviceChoice::Cpu => Ok(Device::Cpu),
+            DeviceChoice::Cuda(number) => cuda(number),
+            DeviceChoice::Metal => metal(),
+            DeviceChoice::Auto => Ok(automatic()),
+        }
+    }
+}
+
+/// How to call a device in a report.
+pub(crate) fn name(device: &Device) -> String {
+    match device {
+        Device::Cpu => format!("CPU, {} threads", rayon::current_num_threads()),
+        Device::Cuda(_) => "CUDA".to_owned(),
+        Device::Metal(_) => "Metal".to_owned(),
+    }
+}
+
+fn automatic() -> Device {
+    for (is_built, open) in
+        [(cuda_is_available(), cuda as fn(usize) -> _), (metal_is_available(), |_| metal())]
+    {
+        if is_built {
+            match open(0) {
+                Ok(device) => return device,
+                Err(error) => tracing::warn!("{}", error.one_line()),
+            }
+        }
+    }
+    Device::Cpu
+}
+
+fn cuda(number: usize) -> Result<Device> {
+    if !cuda_is_available() {
+        return Err(not_built("CUDA", "cuda"));
+    }
+    Device::new_cuda(number).map_err(|error| unusable(&format!("CUDA device {number}"), &error))
+}
+
+fn metal() -> Result<Device> {
+    if !metal_is_available() {
+        return Err(not_built("Metal", "metal"));
+    }
+    Device::new_metal(0).map_err(|error| unusable("the Metal device", &error))
+}
+
+fn not_built(name: &str, feature: &str) -> Error {
+    Error::other(format!(
+        "this build has no {name}: build it with `cargo build --release -p vq-cli --features {feature}`, or \
+         use --device cpu"
+    ))
+}
+
+fn unusable(name: &str, error: &candle_core::Error) -> Error {
+    Error::other(format!(
+        "cannot use {name}: {error}; is its driver installed? Or use --device cpu"
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_are_told_apart() {
+        assert_eq!("cuda:3".parse(), Ok(DeviceChoice::Cuda(3)));
+        assert_eq!("cuda".parse(), Ok(DeviceChoice::Cuda(0)));
+        for text in ["", "gpu", "cuda:", "cuda:x", "metal:0"] {
+            assert!(text.parse::<DeviceChoice>().is_err(), "{text}");
+        }
+    }
+}

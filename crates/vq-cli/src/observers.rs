@@ -1,0 +1,8 @@
+//! What looks at training: the report on the terminal and the pictures in the run folder.
+
+mod pace;
+mod pictures;
+mod report;
+
+pub(crate) use pictures::{GRID_COLUMNS, GRID_PADDING, Pictures};
+pub(crate) use report::Reporter;

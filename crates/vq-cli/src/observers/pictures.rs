@@ -1,0 +1,109 @@
+//! Pictures in the run folder.
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+use vq_train::{EpochRecord, Event, Observer, RunFolder, Usage, read_metrics};
+use vq_viz::{Panel, Series, image_grid, save_codebook_usage, save_curves, save_png};
+
+use crate::error::{Error, Result};
+
+/// Images in a row of a grid.
+pub(crate) const GRID_COLUMNS: usize = 8;
+/// White pixels around each.
+pub(crate) const GRID_PADDING: u32 = 2;
+
+/// After every evaluation `epoch_N_orig.png` and `epoch_N_recon.png`; when the run ends, `curves.svg`
+/// and `codebook.svg` (further levels: `codebook.1.svg`, …).
+pub(crate) struct Pictures {
+    folder: PathBuf,
+    metrics: PathBuf,
+    /// Of the last evaluation, one histogram per level.
+    usage: Vec<Usage>,
+}
+
+impl Pictures {
+    pub(crate) fn new(run: &RunFolder) -> Self {
+        Self { folder: run.path().to_owned(), metrics: run.metrics_file(), usage: Vec::new() }
+    }
+
+    fn look(&mut self, event: &Event<'_>) -> Result<()> {
+        match event {
+            Event::EpochFinished(epoch) => {
+                let Some(evaluation) = epoch.evaluation else { return Ok(()) };
+                self.usage.clone_from(&evaluation.usage);
+                let Some(samples) = &evaluation.samples else { return Ok(()) };
+                let images = [("orig", &samples.originals), ("recon", &samples.reconstructions)];
+                for (name, images) in images {
+                    let grid = image_grid(images, GRID_COLUMNS, GRID_PADDING)?;
+                    let file = format!("epoch_{}_{name}.png", epoch.record.epoch);
+                    save_png(&grid, &self.folder.join(file))?;
+                }
+                Ok(())
+            }
+            Event::RunFinished(ended) | Event::RunInterrupted(ended) => {
+                self.usage()?;
+                self.curves(ended.history)
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn usage(&self) -> Result<()> {
+        for (level, usage) in self.usage.iter().enumerate() {
+            let (file, title) = match level {
+                0 => ("codebook.svg".to_owned(), "Codebook usage on the test split".to_owned()),
+                _ => (
+                    format!("codebook.{level}.svg"),
+                    format!("Codebook usage on the test split, level {level}"),
+                ),
+            };
+            save_codebook_usage(&self.folder.join(file), &title, &usage.counts)?;
+        }
+        Ok(())
+    }
+
+    /// Losses as in the metrics file, by step; quality and codes, by epoch.
+    fn curves(&self, history: &[EpochRecord]) -> Result<()> {
+        let records = read_metrics(&self.metrics)?;
+        let is_step = |record: &&Value| record.get("event").is_some_and(|event| event == "step");
+        let steps: Vec<&Value> = records.iter().filter(is_step).collect();
+        let by_step = |name: &str| {
+            let number = |record: &Value, key: &str| record.get(key).and_then(Value::as_f64);
+            let point = |record: &&Value| Some((number(record, "step")?, number(record, name)?));
+            Series::new(name, steps.iter().filter_map(point).collect())
+        };
+        let test = |name: &str, label: &str| {
+            let point =
+                |record: &EpochRecord| Some((record.step as f64, record.test.as_ref()?.get(name)?));
+            Series::new(label, history.iter().filter_map(point).collect())
+        };
+        let train = |name: &str, label: &str| {
+            let point = |record: &EpochRecord| Some((record.step as f64, record.train.get(name)?));
+            Series::new(label, history.iter().filter_map(point).collect())
+        };
+        let losses = ["loss", "reconstruction", "codebook", "commitment"].map(by_step).into();
+        let codes = [
+            train("perplexity", "perplexity, train"),
+            test("perplexity", "perplexity, test"),
+            test("codes_in_use", "codes in use, test"),
+        ];
+        let panels = [
+            Panel::new("Training loss", losses).axes("step", "").log_y(),
+            Panel::new("PSNR on the test split", vec![test("psnr", "PSNR")]).axes("step", "dB"),
+            Panel::new("SSIM on the test split", vec![test("ssim", "SSIM")]).axes("step", ""),
+            Panel::new("Codebook", codes.into()).axes("step", "codes"),
+        ];
+        save_curves(&self.folder.join("curves.svg"), "Training", &panels)?;
+        Ok(())
+    }
+}
+
+impl Observer for Pictures {
+    fn observe(
+        &mut self,
+        event: &Event<'_>,
+    ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.look(event).map_err(|error: Error| error.into())
+    }
+}

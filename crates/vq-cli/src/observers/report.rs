@@ -1,0 +1,206 @@
+//! The report of a training run: a progress bar, lines, or JSON.
+
+use std::io::{self, IsTerminal};
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
+use vq_train::{
+    EpochFinished, Event, Metrics, Observer, RunEnded, RunStarted, StepFinished, record,
+};
+
+use super::pace::Pace;
+use crate::cli::LogFormat;
+use crate::error::{Error, Result};
+use crate::output;
+
+/// A progress bar on a terminal, plain lines anywhere else, or one JSON object per line.
+pub(crate) struct Reporter {
+    style: Style,
+    log_every: u64,
+    pace: Pace,
+    run: String,
+}
+
+enum Style {
+    Bar(ProgressBar),
+    Lines,
+    Json,
+}
+
+impl Reporter {
+    /// Lines come every `log_every` steps.
+    pub(crate) fn new(format: LogFormat, log_every: u64) -> Self {
+        let style = match format {
+            LogFormat::Json => Style::Json,
+            LogFormat::Text if io::stdout().is_terminal() && io::stderr().is_terminal() => {
+                Style::Bar(bar())
+            }
+            LogFormat::Text => Style::Lines,
+        };
+        Self { style, log_every: log_every.max(1), pace: Pace::new(0), run: String::new() }
+    }
+
+    fn report(&mut self, event: &Event<'_>) -> Result<()> {
+        if let Style::Json = self.style {
+            return match event {
+                Event::StepFinished(step) if !self.is_due(step) => Ok(()),
+                _ => output::line(record(event)),
+            };
+        }
+        match event {
+            Event::RunStarted(started) => self.start(started),
+            Event::StepFinished(step) => self.step(step),
+            Event::EpochFinished(epoch) => self.line(&epoch_line(epoch)),
+            Event::CheckpointSaved(saved) => {
+                tracing::info!("checkpoint {}", saved.path.display());
+                Ok(())
+            }
+            Event::Warning(warning) => {
+                self.aside("warning", warning.message);
+                Ok(())
+            }
+            Event::RunFinished(ended) => {
+                self.clear();
+                self.line(&finished(ended, &self.run))
+            }
+            Event::RunInterrupted(ended) => {
+                self.clear();
+                self.line(&format!(
+                    "stopped and saved at step {}; go on with: vq train --resume --out {}",
+                    ended.step, self.run
+                ))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn start(&mut self, started: &RunStarted<'_>) -> Result<()> {
+        self.pace = Pace::new(started.step);
+        self.run = started.run.display().to_string();
+        if let Style::Bar(bar) = &self.style {
+            bar.set_length(started.total_steps);
+            bar.set_position(started.step);
+            bar.enable_steady_tick(Duration::from_millis(500));
+        }
+        match started.resumed_from {
+            Some(path) => self.line(&format!(
+                "resume  {} (step {} of {})",
+                path.display(),
+                started.step,
+                started.total_steps
+            )),
+            None => self.line(&format!("output  {}", self.run)),
+        }
+    }
+
+    fn step(&self, step: &StepFinished<'_>) -> Result<()> {
+        let left = output::duration(self.pace.seconds_left(step));
+        let loss = step.losses.get("loss").unwrap_or(f64::NAN);
+        let perplexity = joined(step.perplexity.iter().map(|value| format!("{value:.0}")));
+        let speed = step.images_per_second;
+        match &self.style {
+            Style::Bar(bar) => {
+                bar.set_position(step.step);
+                bar.set_prefix(format!("epoch {}/{}", step.epoch, step.epochs));
+                bar.set_message(format!(
+                    "loss {loss:.4}  perplexity {perplexity}  {speed:.0} images/s  {left} left"
+                ));
+                Ok(())
+            }
+            _ if !self.is_due(step) => Ok(()),
+            _ => output::line(format!(
+                "step {}/{}  epoch {}/{}  loss {loss:.4}  perplexity {perplexity}  {speed:.0} images/s  \
+                 {left} left",
+                step.step, step.total_steps, step.epoch, step.epochs
+            )),
+        }
+    }
+
+    fn is_due(&self, step: &StepFinished<'_>) -> bool {
+        step.step % self.log_every == 0 || step.batch == step.batches
+    }
+
+    /// Above the bar, if there is one.
+    fn line(&self, text: &str) -> Result<()> {
+        match &self.style {
+            Style::Bar(bar) => bar.suspend(|| output::line(text)),
+            _ => output::line(text),
+        }
+    }
+
+    fn aside(&self, kind: &str, message: &str) {
+        match &self.style {
+            Style::Bar(bar) => bar.suspend(|| output::aside(kind, message)),
+            _ => output::aside(kind, message),
+        }
+    }
+
+    fn clear(&self) {
+        if let Style::Bar(bar) = &self.style {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+impl Observer for Reporter {
+    fn observe(
+        &mut self,
+        event: &Event<'_>,
+    ) -> std::result::Result<(), Box<dyn std::error::Error + Send + Sync>> {
+        self.report(event).map_err(|error: Error| error.into())
+    }
+}
+
+fn bar() -> ProgressBar {
+    let template = "{prefix} [{wide_bar}] {pos}/{len}  {msg}";
+    // The template is a constant; the plain bar would do if it were wrong.
+    let style = ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("=> ");
+    ProgressBar::no_length().with_style(style).with_finish(ProgressFinish::AndClear)
+}
+
+fn epoch_line(epoch: &EpochFinished<'_>) -> String {
+    let record = epoch.record;
+    let mut line = format!("epoch {}/{}  {}", record.epoch, epoch.epochs, terms(&record.train));
+    if let Some(evaluation) = epoch.evaluation {
+        let figure = |name| evaluation.metrics.get(name).unwrap_or(f64::NAN);
+        let (psnr, ssim) = (figure("psnr"), figure("ssim"));
+        let usage = &evaluation.usage;
+        let perplexity = joined(usage.iter().map(|usage| format!("{:.1}", usage.perplexity())));
+        let codes = joined(
+            usage.iter().map(|usage| format!("{} of {}", usage.codes_in_use(), usage.counts.len())),
+        );
+        line.push_str(&format!(
+            "  |  test PSNR {psnr:.2} dB, SSIM {ssim:.3}, perplexity {perplexity}, {codes} codes in use{}",
+            if epoch.is_best { ", best so far" } else { "" }
+        ));
+    }
+    let seconds = output::duration(epoch.train_seconds + epoch.evaluation_seconds);
+    line.push_str(&format!("  |  {seconds}"));
+    line
+}
+
+/// The loss and what it is made of; without the figures of the codebook.
+fn terms(metrics: &Metrics) -> String {
+    let is_term = |name: &str| !name.starts_with("perplexity") && !name.starts_with("codes_in_use");
+    let terms = metrics.iter().filter(|(name, value)| is_term(name) && *value != 0.0);
+    terms.map(|(name, value)| format!("{name} {value:.4}")).collect::<Vec<_>>().join("  ")
+}
+
+fn finished(ended: &RunEnded<'_>, run: &str) -> String {
+    let best = ended.best.map_or_else(String::new, |best| {
+        format!(", best test PSNR {:.2} dB after epoch {}", best.score, best.epoch)
+    });
+    let epoch = ended.history.last().map_or(0, |record| record.epoch);
+    format!(
+        "done    {} steps{best}; look at {run}/epoch_{epoch}_recon.png, try: vq reconstruct --model {run} \
+         IMAGE",
+        ended.step
+    )
+}
+
+/// One figure per level.
+fn joined(figures: impl Iterator<Item = String>) -> String {
+    figures.collect::<Vec<_>>().join(" + ")
+}

@@ -1,0 +1,71 @@
+//! The recipes that the program carries with it.
+
+use std::path::Path;
+
+use vq_train::Recipe;
+
+use crate::error::{Error, Result};
+
+/// A recipe's file.
+pub(crate) struct Embedded {
+    pub(crate) name: &'static str,
+    pub(crate) text: &'static str,
+}
+
+/// What `train` does without `--config`.
+pub(crate) const DEFAULT: &str = "cifar10";
+/// What it does with the built-in data set.
+pub(crate) const SHAPES: &str = "shapes";
+
+pub(crate) const EMBEDDED: [Embedded; 3] = [
+    Embedded { name: DEFAULT, text: include_str!("../configs/cifar10.toml") },
+    Embedded { name: "cifar10-paper", text: include_str!("../configs/cifar10-paper.toml") },
+    Embedded { name: SHAPES, text: include_str!("../configs/shapes.toml") },
+];
+
+impl Embedded {
+    /// The comment that the file begins with, up to its first empty line, without the `#`.
+    pub(crate) fn summary(&self) -> String {
+        let comment = self.text.lines().map_while(|line| line.strip_prefix('#'));
+        let lines: Vec<&str> = comment.map(str::trim).take_while(|line| !line.is_empty()).collect();
+        lines.join(" ")
+    }
+}
+
+/// An embedded recipe.
+pub(crate) fn embedded(name: &str) -> Result<&'static Embedded> {
+    EMBEDDED.iter().find(|recipe| recipe.name == name).ok_or_else(|| {
+        let known = EMBEDDED.map(|recipe| recipe.name).join(", ");
+        Error::other(format!(
+            "there is no file and no embedded recipe `{name}`; the embedded ones are {known}"
+        ))
+    })
+}
+
+/// The recipe of that name, or in that file: a file is meant by a path (`./x`) or by `.toml`.
+pub(crate) fn load(name: &str) -> Result<Recipe> {
+    if let Some(known) = EMBEDDED.iter().find(|recipe| recipe.name == name) {
+        return Ok(Recipe::from_toml(known.text, &format!("the embedded recipe {name}"))?);
+    }
+    let path = Path::new(name);
+    let is_path = path.components().count() > 1 || path.extension().is_some() || path.exists();
+    if is_path {
+        return Ok(Recipe::from_file(path)?);
+    }
+    Err(embedded(name).err().unwrap_or_else(|| Error::other("the recipe is embedded")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_embedded_recipe_is_valid_and_says_what_it_is() {
+        for recipe in &EMBEDDED {
+            load(recipe.name).unwrap().validate().unwrap();
+            assert!(recipe.summary().len() > 20, "{}", recipe.name);
+        }
+        let error = load("cifar100").unwrap_err().to_string();
+        assert!(error.contains("cifar10-paper"), "{error}");
+    }
+}
