@@ -1,3 +1,5 @@
 //! Tasks around the project: one module per subcommand of `cargo xtask`.
 
+pub mod bench;
+pub mod ci;
 pub mod download_cifar;

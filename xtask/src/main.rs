@@ -5,7 +5,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::download_cifar;
+use xtask::{bench, ci, download_cifar};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Tasks around the project")]
@@ -18,15 +18,25 @@ struct Arguments {
 enum Task {
     /// Bring CIFAR-10 into a folder: download, check and unpack the official archive
     DownloadCifar(download_cifar::Options),
+    /// Run what CI runs: formatting, lints, documentation, tests
+    Ci,
+    /// Measure our code, naive candle and PyTorch on the same work, in turn
+    Bench(bench::Options),
+    /// One measured program of `bench`
+    #[cfg(feature = "bench")]
+    #[command(hide = true)]
+    BenchWorker {
+        /// What to do.
+        work: String,
+        /// How to do it.
+        way: String,
+    },
 }
 
 fn main() -> ExitCode {
-    let result = match Arguments::parse().task {
-        Task::DownloadCifar(options) => download_cifar::run(&options).map(|done| done.to_string()),
-    };
-    let (text, code) = match result {
+    let (text, code) = match run(Arguments::parse().task) {
         Ok(text) => (text, ExitCode::SUCCESS),
-        Err(error) => (format!("error: {}", one_line(&error)), ExitCode::FAILURE),
+        Err(error) => (format!("error: {}", one_line(&*error)), ExitCode::FAILURE),
     };
     // A closed pipe is no reason to fail.
     let _ = if code == ExitCode::SUCCESS {
@@ -37,7 +47,25 @@ fn main() -> ExitCode {
     code
 }
 
+fn run(task: Task) -> Result<String, Box<dyn Error + Send + Sync>> {
+    Ok(match task {
+        Task::DownloadCifar(options) => download_cifar::run(&options)?.to_string(),
+        Task::Ci => ci::run()?,
+        Task::Bench(options) => bench::run(&options)?,
+        #[cfg(feature = "bench")]
+        Task::BenchWorker { work, way } => {
+            bench::worker::run(&work, &way)?;
+            String::new()
+        }
+    })
+}
+
 /// An error's message on one line; the messages carry their causes.
 fn one_line(error: &dyn Error) -> String {
     error.to_string().replace('\n', " ")
 }
+
+/// The allocator of the `vq` binary, so that what is measured is what users run.
+#[cfg(feature = "bench")]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

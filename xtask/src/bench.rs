@@ -1,0 +1,327 @@
+//! `cargo xtask bench`: our code, naive candle and PyTorch on the same work, in turn.
+//!
+//! Every contender is a process of its own that prepares itself, warms up, and then works for one
+//! measured piece whenever it is told to. The pieces alternate between the contenders of a group, so
+//! that a machine whose speed drifts slows all of them alike; ratios are taken within a round.
+
+#[cfg(feature = "bench")]
+mod naive;
+#[cfg(feature = "bench")]
+pub mod worker;
+
+use std::fmt::Write as _;
+use std::io::{BufRead, BufReader, Write as _};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+
+use clap::Args;
+
+/// What `cargo xtask bench` takes.
+#[derive(Args, Debug)]
+pub struct Options {
+    /// Also measure PyTorch, in a virtual environment that is made where it is missing (about 5 GB)
+    #[arg(long)]
+    pytorch: bool,
+    /// The virtual environment
+    #[arg(long, value_name = "DIR", default_value = "target/bench-venv")]
+    venv: PathBuf,
+    /// Rounds in which every contender works once
+    #[arg(long, value_name = "N", default_value_t = 7)]
+    rounds: usize,
+    /// Groups to measure: train, train-bf16, forward, search
+    #[arg(long, value_delimiter = ',', default_values_t = ["train", "forward", "search"].map(String::from))]
+    groups: Vec<String>,
+    /// Write the tables there too, as Markdown
+    #[arg(long, value_name = "FILE")]
+    out: Option<PathBuf>,
+}
+
+/// Why there are no figures.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A command could not be started or failed.
+    #[error("{command}: {problem}")]
+    Command {
+        /// What was run.
+        command: String,
+        /// What became of it.
+        problem: String,
+    },
+    /// The tables could not be written.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// Where to.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// A group of that name does not exist.
+    #[error("there is no group {0:?}; the groups are train, forward, search")]
+    Group(String),
+}
+
+/// Measures and returns the tables.
+pub fn run(options: &Options) -> Result<String, Error> {
+    let groups =
+        options.groups.iter().map(|name| Group::named(name)).collect::<Result<Vec<_>, _>>()?;
+    let worker = build_worker()?;
+    let python = if options.pytorch { Some(prepare_python(&options.venv)?) } else { None };
+    let mut report = machine();
+    for group in groups {
+        for work in group.works {
+            let table = measure(&group, work, &worker, python.as_deref(), options.rounds)?;
+            report.push_str(&table);
+        }
+    }
+    if let Some(path) = &options.out {
+        std::fs::write(path, &report)
+            .map_err(|source| Error::Write { path: path.clone(), source })?;
+    }
+    Ok(report)
+}
+
+/// Contenders that do the same work.
+struct Group {
+    /// What is counted per second.
+    unit: &'static str,
+    works: &'static [&'static str],
+    ours: &'static [&'static str],
+    pytorch: &'static [&'static str],
+    /// Floating-point operations per unit of a work, where they are known.
+    flops: fn(&str) -> f64,
+}
+
+/// A training step of the standard model, per image: 45.6 M multiply-adds forward, again for the
+/// inputs' gradients (but the first layer's) and again for the weights'.
+const TRAIN_FLOPS: f64 = 265e6;
+/// A forward pass of the standard model, per image.
+const FORWARD_FLOPS: f64 = 91.2e6;
+
+impl Group {
+    fn named(name: &str) -> Result<Self, Error> {
+        let compiled = &["eager", "eager-cl", "compiled", "compiled-cl"];
+        Ok(match name {
+            "train" => Self {
+                unit: "images",
+                works: &["train"],
+                ours: &["ours", "candle"],
+                pytorch: compiled,
+                flops: |_| TRAIN_FLOPS,
+            },
+            "train-bf16" => Self {
+                unit: "images",
+                works: &["train"],
+                ours: &["ours"],
+                pytorch: &["eager-cl-bf16", "compiled-bf16", "compiled-cl-bf16"],
+                flops: |_| TRAIN_FLOPS,
+            },
+            "forward" => Self {
+                unit: "images",
+                works: &["forward"],
+                ours: &["ours", "candle"],
+                pytorch: compiled,
+                flops: |_| FORWARD_FLOPS,
+            },
+            "search" => Self {
+                unit: "vectors",
+                works: &["search-512", "search-8192", "search-65536"],
+                ours: &["ours"],
+                pytorch: &["matmul", "chunked", "compiled"],
+                flops: |work| {
+                    let codes = work.rsplit('-').next().and_then(|k| k.parse().ok());
+                    2. * 64. * codes.unwrap_or(0.)
+                },
+            },
+            other => return Err(Error::Group(other.to_owned())),
+        })
+    }
+}
+
+/// A contender that waits for its next piece of work.
+struct Contender {
+    name: String,
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+    rates: Vec<f64>,
+    peak_mib: f64,
+}
+
+impl Contender {
+    fn start(name: String, command: &mut Command) -> Result<Self, Error> {
+        let problem = |problem: String| Error::Command { command: name.clone(), problem };
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .map_err(|e| problem(e.to_string()))?;
+        let (Some(input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
+            return Err(problem("has no standard input and output".to_owned()));
+        };
+        let output = BufReader::new(output);
+        let mut contender = Self { name, child, input, output, rates: Vec::new(), peak_mib: 0. };
+        contender.line()?;
+        Ok(contender)
+    }
+
+    fn line(&mut self) -> Result<String, Error> {
+        let mut line = String::new();
+        let read = self.output.read_line(&mut line);
+        match read {
+            Ok(count) if count > 0 => Ok(line),
+            _ => Err(Error::Command {
+                command: self.name.clone(),
+                problem: "ended before it was measured; its message is above".to_owned(),
+            }),
+        }
+    }
+
+    /// One piece: the contender answers with units done, seconds and its peak memory in MiB.
+    fn work(&mut self) -> Result<(), Error> {
+        let told = writeln!(self.input, "go").and_then(|()| self.input.flush());
+        let line = self.line()?;
+        let numbers: Vec<f64> = line.split_whitespace().filter_map(|n| n.parse().ok()).collect();
+        match (told, numbers.as_slice()) {
+            (Ok(()), &[units, seconds, peak]) if seconds > 0. => {
+                self.rates.push(units / seconds);
+                self.peak_mib = peak;
+                Ok(())
+            }
+            _ => Err(Error::Command {
+                command: self.name.clone(),
+                problem: format!("answered {line:?}"),
+            }),
+        }
+    }
+}
+
+impl Drop for Contender {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn measure(
+    group: &Group,
+    work: &str,
+    worker: &Path,
+    python: Option<&Path>,
+    rounds: usize,
+) -> Result<String, Error> {
+    let mut contenders = vec![Contender::start(
+        "gemm".to_owned(),
+        Command::new(worker).args(["bench-worker", "gemm", "peak"]),
+    )?];
+    for name in group.ours {
+        let mut command = Command::new(worker);
+        command.args(["bench-worker", work, name]);
+        contenders.push(Contender::start((*name).to_owned(), &mut command)?);
+    }
+    if let Some(python) = python {
+        for name in group.pytorch {
+            let script = concat!(env!("CARGO_MANIFEST_DIR"), "/src/bench/pytorch.py");
+            let mut command = Command::new(python);
+            command.args([script, work, name]);
+            contenders.push(Contender::start(format!("PyTorch {name}"), &mut command)?);
+        }
+    }
+    for _ in 0..rounds {
+        for contender in &mut contenders {
+            contender.work()?;
+        }
+    }
+    Ok(table(group, work, &contenders))
+}
+
+fn table(group: &Group, work: &str, contenders: &[Contender]) -> String {
+    let unit = group.unit;
+    let mut text = format!(
+        "\n### {work}\n\n| | {unit}/s, median (min–max) | ours / it | GFLOP/s | of GEMM peak | peak memory |\n|---|---|---|---|---|---|\n"
+    );
+    let peak = contenders.first().map_or(f64::NAN, |gemm| median(&gemm.rates) / 1e9);
+    let ours = contenders.get(1).map(|c| c.rates.clone()).unwrap_or_default();
+    for contender in contenders.iter().skip(1) {
+        let ratios: Vec<f64> = ours.iter().zip(&contender.rates).map(|(a, b)| a / b).collect();
+        let rate = median(&contender.rates);
+        let (low, high) = contender
+            .rates
+            .iter()
+            .fold((f64::INFINITY, 0f64), |(low, high), r| (low.min(*r), high.max(*r)));
+        let gflops = rate * (group.flops)(work) / 1e9;
+        let _ = writeln!(
+            text,
+            "| {} | {rate:.0} ({low:.0}–{high:.0}) | {:.2}× | {gflops:.0} | {:.0}% | {:.0} MiB |",
+            contender.name,
+            median(&ratios),
+            100. * gflops / peak,
+            contender.peak_mib,
+        );
+    }
+    let _ = writeln!(
+        text,
+        "\nGEMM peak in the same rounds (2048³, f32): {peak:.0} GFLOP/s. GFLOP/s count the operations of \
+         the definition; an algorithm that needs fewer can pass the peak."
+    );
+    text
+}
+
+fn median(values: &[f64]) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// A line about this machine.
+fn machine() -> String {
+    let cpuinfo = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let field = |name: &str| {
+        let line = cpuinfo.lines().find(|line| line.starts_with(name));
+        line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned())
+    };
+    let flags = field("flags").unwrap_or_default();
+    let wanted = ["avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16"];
+    let has: Vec<&str> = wanted.into_iter().filter(|w| flags.split(' ').any(|f| f == *w)).collect();
+    let cores = std::thread::available_parallelism().map_or(0, usize::from);
+    format!(
+        "Machine: {}, {cores} cores; of {wanted:?} it has {has:?}.\n",
+        field("model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned())
+    )
+}
+
+/// Builds this package with the feature `bench` and returns the program.
+fn build_worker() -> Result<PathBuf, Error> {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"), PathBuf::from);
+    let target = target.join("bench");
+    let mut command = Command::new(cargo);
+    command
+        .args(["build", "--release", "--package", "xtask", "--features", "bench", "--target-dir"])
+        .arg(&target)
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    succeed("cargo build", &mut command)?;
+    Ok(target.join("release").join("xtask"))
+}
+
+/// The Python of a virtual environment with PyTorch, made where it is missing.
+fn prepare_python(venv: &Path) -> Result<PathBuf, Error> {
+    let python = venv.join("bin").join("python");
+    if !python.exists() {
+        succeed("python3 -m venv", Command::new("python3").args(["-m", "venv"]).arg(venv))?;
+        let mut install = Command::new(&python);
+        install.args(["-m", "pip", "install", "--quiet", "torch", "numpy"]);
+        succeed("pip install torch", &mut install)?;
+    }
+    Ok(python)
+}
+
+fn succeed(name: &str, command: &mut Command) -> Result<(), Error> {
+    let problem = |problem: String| Error::Command { command: name.to_owned(), problem };
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(problem(format!("failed ({status}); its message is above"))),
+        Err(error) => Err(problem(error.to_string())),
+    }
+}

@@ -1,0 +1,127 @@
+"""The measured programs on PyTorch's side: `pytorch.py WORK WAY`, told when to work on standard input.
+
+Answers each line with: units done, seconds, peak memory in MiB. The model is the standard one of the
+benchmark (Sonnet's CIFAR-10 VQ-VAE with a gradient codebook), the loss and the optimizer those of the
+recipe cifar10-paper.
+"""
+import os
+import resource
+import sys
+import time
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+torch.set_num_threads(int(os.environ.get("RAYON_NUM_THREADS", os.cpu_count())))
+BATCH, BATCHES, VECTORS = 128, 8, 65_536
+work, way = sys.argv[1:]
+channels_last, bf16, compiled = "cl" in way, "bf16" in way, "compiled" in way
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(128, 32, 3, 1, 1), nn.Conv2d(32, 128, 1)
+
+    def forward(self, x):
+        return x + self.b(F.relu(self.a(F.relu(x))))
+
+
+class Standard(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Conv2d(3, 64, 4, 2, 1), nn.ReLU(), nn.Conv2d(64, 128, 4, 2, 1), nn.ReLU(),
+            nn.Conv2d(128, 128, 3, 1, 1), Residual(), Residual(), nn.ReLU(), nn.Conv2d(128, 64, 1),
+        )
+        self.decoder = nn.Sequential(
+            nn.Conv2d(64, 128, 3, 1, 1), Residual(), Residual(), nn.ReLU(),
+            nn.ConvTranspose2d(128, 64, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(64, 3, 4, 2, 1),
+        )
+        self.codebook = nn.Parameter((torch.rand(512, 64) * 2 - 1) / 512)
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            z = self.encoder(x)
+        z = z.float().permute(0, 2, 3, 1)
+        flat = z.reshape(-1, 64)
+        with torch.no_grad():
+            distances = self.codebook.pow(2).sum(1) - 2 * flat @ self.codebook.T
+            codes = distances.argmin(1)
+        e = self.codebook[codes]
+        codebook, commitment = F.mse_loss(e, flat.detach()), F.mse_loss(flat, e.detach())
+        z_q = (flat + (e - flat).detach()).view(z.shape).permute(0, 3, 1, 2)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            return self.decoder(z_q).float(), codebook, commitment
+
+
+def standard():
+    model = Standard()
+    if channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    return model
+
+
+def images():
+    x = torch.rand(BATCH, 3, 32, 32) - 0.5
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+def train():
+    model = standard()
+    run = torch.compile(model) if compiled else model
+    optimizer = torch.optim.Adam(model.parameters(), 3e-4, fused=True)
+    x = images()
+
+    def piece():
+        for _ in range(BATCHES):
+            reconstruction, codebook, commitment = run(x)
+            loss = F.mse_loss(reconstruction, x) / 0.0628 + codebook + 0.25 * commitment
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    return BATCHES * BATCH, piece
+
+
+def forward():
+    model = standard().eval()
+    run = torch.compile(model) if compiled else model
+    x = images()
+
+    def piece():
+        with torch.no_grad():
+            for _ in range(BATCHES):
+                run(x)
+
+    return BATCHES * BATCH, piece
+
+
+def search(codes):
+    z, codebook = torch.randn(VECTORS, 64), torch.randn(codes, 64)
+
+    def nearest(z):
+        return (codebook.pow(2).sum(1) - 2 * z @ codebook.T).argmin(1)
+
+    run = torch.compile(nearest) if compiled else nearest
+    # Chunks whose distances take 64 MiB; all at once where asked for and possible.
+    chunk = VECTORS if way == "matmul" and codes <= 8192 else max(1, (1 << 24) // codes)
+
+    def piece():
+        with torch.no_grad():
+            for part in z.split(chunk):
+                run(part)
+
+    return VECTORS, piece
+
+
+units, piece = search(int(work.split("-")[1])) if work.startswith("search") else {"train": train, "forward": forward}[work]()
+piece()
+print("ready", flush=True)
+for _ in sys.stdin:
+    start = time.perf_counter()
+    piece()
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(units, seconds, peak, flush=True)
