@@ -21,16 +21,26 @@ impl RunFolder {
     /// For a new run: makes the folder and writes the recipe into it. A folder that holds a run is
     /// refused, or, to `overwrite`, cleared of what runs write (and of nothing else).
     pub fn create(path: impl Into<PathBuf>, recipe: &Recipe, overwrite: bool) -> Result<Self> {
-        let run = Self { path: path.into() };
-        if run.is_occupied() {
-            if !overwrite {
-                return Err(Error::Occupied { path: run.path });
-            }
-            run.clear()?;
+        let path = path.into();
+        if !overwrite {
+            Self::require_free(&path)?;
         }
+        let run = Self { path };
+        run.clear()?;
         fs::create_dir_all(&run.path).map_err(Error::write(&run.path))?;
         recipe.save(&run.recipe_file())?;
         Ok(run)
+    }
+
+    /// Refuses a folder that holds a run. [`create`](Self::create) does so too; this is for finding out
+    /// before the data are read.
+    pub fn require_free(path: impl AsRef<Path>) -> Result<()> {
+        let path = path.as_ref();
+        let is_there = |name: &&str| fs::symlink_metadata(path.join(name)).is_ok();
+        if [RECIPE_FILE, METRICS_FILE, CHECKPOINTS, LAST, BEST].iter().any(is_there) {
+            return Err(Error::Occupied { path: path.to_path_buf() });
+        }
+        Ok(())
     }
 
     /// Of a run that is to go on.
@@ -70,13 +80,10 @@ impl RunFolder {
         Recipe::from_file(&self.recipe_file())
     }
 
-    fn is_occupied(&self) -> bool {
-        [RECIPE_FILE, METRICS_FILE, CHECKPOINTS, LAST, BEST]
-            .iter()
-            .any(|name| fs::symlink_metadata(self.path.join(name)).is_ok())
-    }
-
     fn clear(&self) -> Result<()> {
+        if Self::require_free(&self.path).is_ok() {
+            return Ok(());
+        }
         for entry in fs::read_dir(&self.path).map_err(Error::read(&self.path))? {
             let path = entry.map_err(Error::read(&self.path))?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
