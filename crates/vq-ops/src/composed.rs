@@ -5,10 +5,11 @@ use candle_core::{D, Result, Tensor};
 
 use crate::{Conv2d, ConvTranspose2d};
 
-/// ReLU whose gradient is 0 at 0, as PyTorch's (candle's is 1 there).
+/// ReLU whose gradient is 0 at 0, as PyTorch's (candle's is 1 there), and that lets NaN through
+/// (candle's makes it 0, which would hide a model that diverged).
 pub fn relu(x: &Tensor) -> Result<Tensor> {
-    let positive = x.detach().gt(0f64)?.to_dtype(x.dtype())?;
-    x * positive
+    let kept = x.detach().le(0f64)?.to_dtype(x.dtype())?.affine(-1., 1.)?;
+    x * kept
 }
 
 /// [`crate::conv2d`] through candle's NCHW convolution.

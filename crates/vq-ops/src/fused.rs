@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
 
 use crate::cpu::buffers::{Buffer, Buffers};
 use crate::cpu::conv::{Finish, Geometry, large_to_small, small_to_large};
@@ -33,6 +34,8 @@ struct Convolution {
 
 enum Step {
     Convolution(Convolution),
+    /// ReLU of that many dimensions.
+    Relu(Vec<usize>),
     /// `h + second(relu(first(relu(h))))`.
     Residual {
         first: Convolution,
@@ -86,6 +89,7 @@ impl FusedStack {
                     config.relu_input,
                     0,
                 )?),
+                Layer::Relu { .. } => Step::Relu(dims.clone()),
                 Layer::Residual { .. } => {
                     let first =
                         convolution(RESIDUAL_3X3.geometry(&dims, &shapes[0])?, false, true, 0)?;
@@ -123,6 +127,10 @@ impl FusedStack {
             let hidden = match step {
                 Step::Convolution(convolution) => {
                     convolution.forward(from, theta, None, &self.buffers, to);
+                    None
+                }
+                Step::Relu(_) => {
+                    relu(from, from, to);
                     None
                 }
                 Step::Residual { first, second } => {
@@ -170,6 +178,11 @@ impl FusedStack {
                         convolution.input_gradient(input, theta, grad, None, &self.buffers, to);
                     }
                 }
+                Step::Relu(_) => {
+                    if let Some(to) = &mut of_step_input {
+                        relu(grad, input, to);
+                    }
+                }
                 Step::Residual { first, second } => {
                     let Some(hidden) = hidden else { continue };
                     second.parameter_gradients(&hidden, grad, &self.buffers, &mut of_theta);
@@ -201,10 +214,22 @@ impl FusedStack {
     }
 }
 
+/// `values` where `gate` is above zero (or not a number), zero elsewhere.
+fn relu(values: &[f32], gate: &[f32], to: &mut [f32]) {
+    const CHUNK: usize = 1 << 15;
+    let chunks = values.par_chunks(CHUNK).zip(gate.par_chunks(CHUNK));
+    to.par_chunks_mut(CHUNK).zip(chunks).for_each(|(to, (values, gate))| {
+        for ((to, value), gate) in to.iter_mut().zip(values).zip(gate) {
+            *to = if *gate <= 0. { 0. } else { *value };
+        }
+    });
+}
+
 impl Step {
     fn output_dims(&self) -> Vec<usize> {
         match self {
             Self::Convolution(convolution) => convolution.output_dims(),
+            Self::Relu(dims) => dims.clone(),
             Self::Residual { second, .. } => second.output_dims(),
         }
     }

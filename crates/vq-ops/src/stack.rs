@@ -31,6 +31,12 @@ pub enum Layer {
         /// Stride, padding, dilation and the ReLU before it.
         config: ConvTranspose2d,
     },
+    /// ReLU by itself. Where a convolution follows, its `relu_input` does the same without a pass over
+    /// memory; this is for what comes before a residual layer.
+    Relu {
+        /// Channels.
+        channels: usize,
+    },
     /// `h + conv1×1(relu(conv3×3(relu(h))))`, both convolutions with a bias.
     Residual {
         /// Channels of `h`.
@@ -60,6 +66,7 @@ impl Layer {
                 ("weight", vec![in_channels, out_channels, kernel, kernel]),
                 ("bias", vec![out_channels]),
             ],
+            Self::Relu { .. } => Vec::new(),
             Self::Residual { channels, hidden } => vec![
                 ("conv1.weight", vec![hidden, channels, 3, 3]),
                 ("conv1.bias", vec![hidden]),
@@ -75,7 +82,7 @@ impl Layer {
             Self::Conv2d { in_channels, .. } | Self::ConvTranspose2d { in_channels, .. } => {
                 in_channels
             }
-            Self::Residual { channels, .. } => channels,
+            Self::Residual { channels, .. } | Self::Relu { channels } => channels,
         }
     }
 
@@ -85,7 +92,7 @@ impl Layer {
             Self::Conv2d { out_channels, .. } | Self::ConvTranspose2d { out_channels, .. } => {
                 out_channels
             }
-            Self::Residual { channels, .. } => channels,
+            Self::Residual { channels, .. } | Self::Relu { channels } => channels,
         }
     }
 
@@ -98,7 +105,7 @@ impl Layer {
             Self::ConvTranspose2d { kernel, config, .. } => {
                 Ok((config.output_length(height, kernel)?, config.output_length(width, kernel)?))
             }
-            Self::Residual { .. } => Ok((height, width)),
+            Self::Residual { .. } | Self::Relu { .. } => Ok((height, width)),
         }
     }
 
@@ -113,6 +120,7 @@ impl Layer {
             Self::ConvTranspose2d { in_channels, out_channels, kernel, .. } => {
                 height * width * kernel * kernel * in_channels * out_channels
             }
+            Self::Relu { .. } => 0,
             Self::Residual { channels, hidden } => height * width * channels * hidden * 10,
         } as u64)
     }
@@ -196,6 +204,7 @@ impl Stack {
                 (Layer::ConvTranspose2d { config, .. }, [weight, bias]) => {
                     crate::conv_transpose2d(&x, weight, Some(bias), *config)?
                 }
+                (Layer::Relu { .. }, []) => crate::composed::relu(&x)?,
                 (Layer::Residual { .. }, [weight1, bias1, weight2, bias2]) => {
                     let hidden = crate::conv2d(&x, weight1, Some(bias1), RESIDUAL_3X3)?;
                     (&x + crate::conv2d(&hidden, weight2, Some(bias2), RESIDUAL_1X1)?)?

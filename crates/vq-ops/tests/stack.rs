@@ -94,6 +94,7 @@ proptest! {
         hidden in 1usize..40, inner in 1usize..20, blocks in 0usize..3,
     ) {
         let mut layers = vec![conv(3, hidden, 4, 2, false), conv(hidden, hidden, 3, 1, true)];
+        layers.push(Layer::Relu { channels: hidden });
         layers.extend((0..blocks).map(|_| Layer::Residual { channels: hidden, hidden: inner }));
         layers.push(conv(hidden, 5, 1, 1, true));
         layers.push(up(5, hidden, false));
@@ -178,5 +179,23 @@ fn shapes_that_do_not_fit_are_named() -> Result<()> {
     let weight = noise(&[8, 3, 5, 5], 2)?;
     let error = vq_ops::conv2d(&x, &weight, None, Conv2d::default()).unwrap_err().to_string();
     assert!(error.contains("does not fit"), "{error}");
+    Ok(())
+}
+
+#[test]
+fn values_that_are_not_numbers_do_not_vanish() -> Result<()> {
+    let stack = Stack::new(vec![
+        conv(3, 16, 3, 1, true),
+        Layer::Relu { channels: 16 },
+        conv(16, 16, 3, 1, true),
+    ])?;
+    let vars = variables(&stack)?;
+    let params: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
+    let mut values = noise(&[1, 8, 8, 3], 1)?.flatten_all()?.to_vec1::<f32>()?;
+    values[100] = f32::NAN;
+    let x = Tensor::from_vec(values, (1, 8, 8, 3), &Device::Cpu)?;
+    for y in [stack.forward(&x, &params)?, stack.forward_layerwise(&x, &params)?] {
+        assert!(y.flatten_all()?.to_vec1::<f32>()?.iter().any(|v| v.is_nan()));
+    }
     Ok(())
 }

@@ -347,7 +347,7 @@ fn scatter(
         }
         if let Some(mask) = mask {
             for (value, gate) in large.iter_mut().zip(mask) {
-                *value = if gate > 0. { *value } else { 0. };
+                *value = if gate <= 0. { 0. } else { *value };
             }
         }
         if let Some(residual) = residual {

@@ -25,7 +25,8 @@ pub(crate) trait Vector: Copy {
     unsafe fn sub(self, other: Self) -> Self;
     /// `self · factor + addend`.
     unsafe fn mul_add(self, factor: Self, addend: Self) -> Self;
-    /// The lanes where `gate` is above zero; zero elsewhere.
+    /// The lanes where `gate` is above zero (or not a number, which must not vanish in a ReLU); zero
+    /// elsewhere.
     unsafe fn where_positive(self, gate: Self) -> Self;
 }
 
@@ -83,7 +84,7 @@ mod x86 {
         #[inline(always)]
         unsafe fn where_positive(self, gate: Self) -> Self {
             unsafe {
-                let positive = _mm512_cmp_ps_mask::<_CMP_GT_OQ>(gate, _mm512_setzero_ps());
+                let positive = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(gate, _mm512_setzero_ps());
                 _mm512_maskz_mov_ps(positive, self)
             }
         }
@@ -139,7 +140,7 @@ mod x86 {
 
         #[inline(always)]
         unsafe fn where_positive(self, gate: Self) -> Self {
-            unsafe { _mm256_and_ps(self, _mm256_cmp_ps::<_CMP_GT_OQ>(gate, _mm256_setzero_ps())) }
+            unsafe { _mm256_and_ps(self, _mm256_cmp_ps::<_CMP_NLE_UQ>(gate, _mm256_setzero_ps())) }
         }
     }
 
@@ -213,6 +214,6 @@ impl Vector for Portable {
 
     #[inline(always)]
     unsafe fn where_positive(self, gate: Self) -> Self {
-        Self(std::array::from_fn(|i| if gate.0[i] > 0. { self.0[i] } else { 0. }))
+        Self(std::array::from_fn(|i| if gate.0[i] <= 0. { 0. } else { self.0[i] }))
     }
 }
