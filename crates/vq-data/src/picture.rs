@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::BufReader;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use image::imageops::{self, FilterType};
@@ -27,12 +28,10 @@ pub fn load(path: impl AsRef<Path>) -> Result<RgbImage, Error> {
         let name = format.extensions_str().first().unwrap_or(&"this");
         return Err(broken(format!("the format {name} is not supported")));
     }
-    let one_line = |error: image::ImageError| broken(error.to_string().replace('\n', " "));
-    let mut decoder = reader.into_decoder().map_err(one_line)?;
-    let orientation = decoder.orientation().map_err(one_line)?;
-    let mut image = DynamicImage::from_decoder(decoder).map_err(one_line)?;
-    image.apply_orientation(orientation);
-    Ok(to_rgb(image))
+    // A decoder's own bug must not end the program.
+    catch_unwind(AssertUnwindSafe(|| decode(reader)))
+        .unwrap_or_else(|_| Err("its decoder failed".to_owned()))
+        .map_err(broken)
 }
 
 /// Scales the shorter side to a size and cuts the middle out of the longer one: any size →
@@ -77,6 +76,26 @@ pub(crate) fn is_image(path: &Path) -> Result<bool, Error> {
     let file = File::open(path).map_err(Error::io(path))?;
     file.take(32).read_to_end(&mut start).map_err(Error::io(path))?;
     Ok(image::guess_format(&start).is_ok())
+}
+
+/// What an image may take once it is decoded: a few kilobytes can claim to be many gigabytes.
+const MOST_BYTES: u64 = 1 << 30;
+
+fn decode(mut reader: ImageReader<BufReader<File>>) -> Result<RgbImage, String> {
+    let mut limits = image::Limits::default();
+    limits.max_alloc = Some(MOST_BYTES);
+    reader.limits(limits);
+    let one_line = |error: image::ImageError| error.to_string().replace('\n', " ");
+    let mut decoder = reader.into_decoder().map_err(one_line)?;
+    // The limits count what decoders take beside the image, not the image itself.
+    if decoder.total_bytes() > MOST_BYTES {
+        let (width, height) = decoder.dimensions();
+        return Err(format!("it claims {width}×{height} pixels, more than 1 GiB"));
+    }
+    let orientation = decoder.orientation().map_err(one_line)?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(one_line)?;
+    image.apply_orientation(orientation);
+    Ok(to_rgb(image))
 }
 
 fn rounded_ratio(numerator: u64, denominator: u64) -> u64 {

@@ -261,6 +261,22 @@ fn cmyk_jpegs_have_their_colours() {
     near(12, [0, 0, 255]);
 }
 
+/// A bitmap's header and nothing after it.
+#[test]
+fn an_image_that_claims_to_be_huge_is_refused() {
+    let mut bitmap = vec![0; 54];
+    bitmap[..2].copy_from_slice(b"BM");
+    let fields = [(10, 54), (14, 40), (18, 60_000), (22, 60_000), (26, 1 | 24 << 16)];
+    for (at, value) in fields {
+        bitmap[at..at + 4].copy_from_slice(&u32::to_le_bytes(value));
+    }
+    let root = folder();
+    let path = root.path().join("bomb.bmp");
+    fs::write(&path, bitmap).expect("writable");
+    let error = picture::load(&path).expect_err("too large").to_string();
+    assert!(error.contains("60000×60000"), "{error}");
+}
+
 #[test]
 fn photos_are_turned_upright() {
     // The left half is black and the right half white.
