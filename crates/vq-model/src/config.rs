@@ -70,6 +70,9 @@ pub struct QuantizerConfig {
     pub gradient_estimator: GradientEstimator,
     /// γ of the moving averages N and m (rule `ema`), and of the usage that revival looks at (both rules).
     pub decay: f64,
+    /// γ rises to `decay`: at step t (from 1) it is min(`decay`, t / (t + `decay_warmup`)). Short averages
+    /// follow an encoder that still moves fast, and soon tell which codes are dead. In steps; 0 = off.
+    pub decay_warmup: f64,
     /// ε of the Laplace smoothing of N (rule `ema`).
     pub epsilon: f64,
 }
@@ -248,6 +251,12 @@ impl LevelConfig {
 }
 
 impl QuantizerConfig {
+    /// γ of the moving averages at that step, from 1; see [`QuantizerConfig::decay_warmup`].
+    pub fn decay_at(&self, step: u64) -> f64 {
+        let step = step.max(1) as f64;
+        self.decay.min(step / (step + self.decay_warmup))
+    }
+
     fn validate(&self, prefix: &str) -> Result<()> {
         let key = |name: &str| format!("{prefix}.{name}");
         within(key("codebook_size"), self.codebook_size, 1, 1 << 24)?;
@@ -255,6 +264,10 @@ impl QuantizerConfig {
         if !(0.0..1.0).contains(&self.decay) {
             let problem = format!("must be at least 0 and below 1, got {}", self.decay);
             return Err(Error::config(key("decay"), problem));
+        }
+        if !(self.decay_warmup >= 0.0 && self.decay_warmup.is_finite()) {
+            let problem = format!("must be at least 0, got {}", self.decay_warmup);
+            return Err(Error::config(key("decay_warmup"), problem));
         }
         if !(self.epsilon > 0.0 && self.epsilon.is_finite()) {
             return Err(Error::config(
@@ -299,6 +312,7 @@ impl Default for QuantizerConfig {
             rule: CodebookRule::Gradient,
             gradient_estimator: GradientEstimator::StraightThrough,
             decay: 0.99,
+            decay_warmup: 0.0,
             epsilon: 1e-5,
         }
     }

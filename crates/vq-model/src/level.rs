@@ -1,6 +1,6 @@
 //! One level: an encoder, a quantizer and a decoder.
 
-use crate::part::{Builder, NamedLayers, Part};
+use crate::part::{Builder, Part};
 use crate::quantizer::{Quantizer, VectorQuantizer};
 use crate::{Config, Error, Result, architecture};
 
@@ -31,35 +31,32 @@ impl Level {
             None => (0, 0),
         };
         let is_top = above_channels == 0;
-        let mut segments: Vec<NamedLayers> = vec![architecture::downsampling(
+        let mut encoder = architecture::downsampling(
             &name("encoder"),
             level,
             channels_below,
             /* relu_input */ index > 0,
-        )];
-        let mut residual = architecture::residual_blocks(&name("encoder"), level);
+        );
+        encoder.extend(architecture::residual_blocks(&name("encoder"), level));
         let projection =
             architecture::projection(&name("projection"), level.hidden + above_channels, dim);
         let projection = if is_top {
-            residual.extend(projection);
+            encoder.extend(projection);
             None
         } else {
-            Some(Part::new(vec![projection], builder)?)
+            Some(Part::new(projection, builder)?)
         };
-        if !residual.is_empty() {
-            segments.push(residual);
-        }
         let decoder =
             architecture::decoder(&name("decoder"), level, dim + above_dims, channels_below);
         Ok(Self {
-            encoder: Part::new(segments, builder)?,
+            encoder: Part::new(encoder, builder)?,
             projection,
             quantizer: Box::new(VectorQuantizer::new(
                 &name("quantizer"),
                 &level.quantizer,
                 builder,
             )?),
-            decoder: Part::new(vec![decoder], builder)?,
+            decoder: Part::new(decoder, builder)?,
         })
     }
 }

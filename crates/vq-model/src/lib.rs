@@ -29,7 +29,6 @@ mod error;
 mod level;
 mod model;
 mod part;
-mod pointwise;
 mod quantizer;
 mod random;
 mod store;

@@ -5,7 +5,6 @@ use std::collections::BTreeMap;
 use candle_core::{Device, Tensor, Var};
 use vq_ops::{Layer, Stack};
 
-use crate::pointwise::relu;
 use crate::random::Stream;
 use crate::{Error, Result};
 
@@ -15,58 +14,37 @@ pub(crate) type NamedLayers = Vec<(String, Layer)>;
 /// A chain of layers with its parameters.
 #[derive(Debug)]
 pub(crate) struct Part {
-    /// Run one after the other, with a `ReLU` between each two.
-    segments: Vec<(Stack, Vec<Var>)>,
+    stack: Stack,
+    params: Vec<Var>,
 }
 
 impl Part {
-    /// One chain per segment, with a `ReLU` between each two: a `ReLU` that does not lead into a
-    /// convolution alone (a residual block's skip path also takes it) has no place in a [`Stack`].
-    pub(crate) fn new(segments: Vec<NamedLayers>, builder: &mut Builder) -> Result<Self> {
-        let segments = segments.into_iter().map(|layers| {
-            let mut params = Vec::new();
-            for (name, layer) in &layers {
-                let fan_ins = fan_ins(layer);
-                for ((parameter, shape), fan_in) in layer.parameters().into_iter().zip(fan_ins) {
-                    let bound = 1.0 / (fan_in as f64).sqrt();
-                    params.push(builder.parameter(
-                        &format!("{name}.{parameter}"),
-                        &shape,
-                        bound,
-                    )?);
-                }
+    pub(crate) fn new(layers: NamedLayers, builder: &mut Builder) -> Result<Self> {
+        let mut params = Vec::new();
+        for (name, layer) in &layers {
+            for ((parameter, shape), fan_in) in layer.parameters().into_iter().zip(fan_ins(layer)) {
+                let bound = 1.0 / (fan_in as f64).sqrt();
+                params.push(builder.parameter(&format!("{name}.{parameter}"), &shape, bound)?);
             }
-            let stack = Stack::new(layers.into_iter().map(|(_, layer)| layer).collect())?;
-            Ok((stack, params))
-        });
-        Ok(Self { segments: segments.collect::<Result<_>>()? })
+        }
+        let stack = Stack::new(layers.into_iter().map(|(_, layer)| layer).collect())?;
+        Ok(Self { stack, params })
     }
 
     /// `[B,h,w,C]` to `[B,h',w',C']`. Differentiable where `tracked`; otherwise no graph is recorded
     /// and no activation kept.
     pub(crate) fn forward(&self, x: &Tensor, tracked: bool) -> Result<Tensor> {
-        let mut x = x.clone();
-        for (index, (stack, params)) in self.segments.iter().enumerate() {
-            if index > 0 {
-                x = relu(&x)?;
-            }
-            let tensor = |var: &Var| {
-                if tracked { var.as_tensor().clone() } else { var.as_detached_tensor() }
-            };
-            let params: Vec<Tensor> = params.iter().map(tensor).collect();
-            x = stack.forward(&x, &params)?;
-        }
-        Ok(x)
+        let tensor = |var: &Var| {
+            if tracked { var.as_tensor().clone() } else { var.as_detached_tensor() }
+        };
+        let params: Vec<Tensor> = self.params.iter().map(tensor).collect();
+        Ok(self.stack.forward(x, &params)?)
     }
 
     /// Multiply-adds for one image, and the size that comes out.
     pub(crate) fn multiply_adds(&self, size: (usize, usize)) -> Result<(u64, (usize, usize))> {
-        let (mut total, mut size) = (0, size);
-        for (stack, _) in &self.segments {
-            total += stack.multiply_adds(size.0, size.1)?;
-            size = stack.output_size(size.0, size.1)?;
-        }
-        Ok((total, size))
+        let total = self.stack.multiply_adds(size.0, size.1)?;
+        Ok((total, self.stack.output_size(size.0, size.1)?))
     }
 }
 
@@ -118,6 +96,7 @@ fn fan_ins(layer: &Layer) -> Vec<usize> {
         Layer::ConvTranspose2d { out_channels, kernel, .. } => {
             vec![out_channels * kernel * kernel; 2]
         }
+        Layer::Relu { .. } => Vec::new(),
         Layer::Residual { channels, hidden } => {
             vec![channels * 9, channels * 9, hidden, hidden]
         }

@@ -9,7 +9,9 @@ mod common;
 
 use candle_core::{Device, Tensor};
 use common::{bits, images, model, small, small_with, uniform, values};
-use vq_model::{CodebookRule, CodebookUpdate, Codes, Config, GradientEstimator, VqVae};
+use vq_model::{
+    CodebookRule, CodebookUpdate, Codes, Config, GradientEstimator, QuantizerConfig, VqVae,
+};
 
 const NAME: &str = "levels.0.quantizer";
 
@@ -304,4 +306,12 @@ fn row(model: &VqVae, code: usize) -> Vec<f32> {
 
 fn buffer(model: &VqVae, name: &str) -> Vec<f32> {
     values(&model.buffers()[&format!("{NAME}.{name}")])
+}
+
+#[test]
+fn decay_rises_to_its_value() {
+    let fixed = QuantizerConfig { decay: 0.99, ..QuantizerConfig::default() };
+    assert_eq!([0, 1, 1000].map(|step| fixed.decay_at(step)), [0.99; 3]);
+    let rising = QuantizerConfig { decay: 0.99, decay_warmup: 9.0, ..QuantizerConfig::default() };
+    assert_eq!([1, 9, 890, 1000].map(|step| rising.decay_at(step)), [0.1, 0.5, 890. / 899., 0.99]);
 }

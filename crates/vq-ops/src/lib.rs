@@ -18,10 +18,12 @@ mod cpu;
 mod fused;
 mod nearest;
 mod optimizer;
+mod pointwise;
 mod stack;
 mod storage;
 
 pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
 pub use nearest::{code_statistics, nearest_codes};
 pub use optimizer::{AdamWStep, adamw_step, sum_of_squares};
+pub use pointwise::{replace_value, squared_error};
 pub use stack::{Layer, Stack};

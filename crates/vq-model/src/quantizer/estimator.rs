@@ -2,8 +2,9 @@
 
 use candle_core::{D, DType, Tensor};
 
+use vq_ops::replace_value;
+
 use crate::Result;
-use crate::pointwise::replace_value;
 
 /// The straight-through estimator (van den Oord et al. 2017, section 3.2): `z_e` and `e`, both
 /// `[…,D]`, to `e` exactly, with ∂L/∂`z_e` = ∂L/∂`z_q` exactly. `e` receives no gradient.

@@ -67,7 +67,7 @@ pub(super) fn update(
         return Err(Error::Input(problem));
     }
     let (counts, sums) = code_statistics(&z, &codes, size)?;
-    let decay = quantizer.config.decay;
+    let decay = quantizer.config.decay_at(step);
     average(&quantizer.usage, &counts, decay)?;
     if let Some(averaged) = &quantizer.sums {
         average(averaged, &sums, decay)?;

@@ -1,12 +1,11 @@
 //! The vector quantizer of van den Oord et al. 2017.
 
 use candle_core::{D, Tensor, Var};
-use vq_ops::nearest_codes;
+use vq_ops::{nearest_codes, squared_error};
 
 use super::{CodebookReport, CodebookUpdate, Quantized, Quantizer};
 use super::{kmeans, rotation, straight_through, update};
 use crate::part::Builder;
-use crate::pointwise::squared_error;
 use crate::{CodebookRule, Error, GradientEstimator, QuantizerConfig, Result};
 
 /// Replaces each vector by the nearest of K code vectors e (van den Oord et al. 2017, eq. 1 and 2).
