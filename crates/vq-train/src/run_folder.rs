@@ -101,11 +101,13 @@ impl RunFolder {
     }
 }
 
-/// `epoch_N_orig.png`, `epoch_N_recon.png`
+/// `epoch_N_orig.png`, `epoch_N_recon.png`, and `codebook.N.svg` of the levels above the bottom
 fn is_picture(name: &str) -> bool {
-    name.strip_prefix("epoch_")
-        .and_then(|rest| rest.strip_suffix("_orig.png").or(rest.strip_suffix("_recon.png")))
-        .is_some_and(|number| number.parse::<u64>().is_ok())
+    let grid = name
+        .strip_prefix("epoch_")
+        .and_then(|rest| rest.strip_suffix("_orig.png").or(rest.strip_suffix("_recon.png")));
+    let usage = name.strip_prefix("codebook.").and_then(|rest| rest.strip_suffix(".svg"));
+    grid.or(usage).is_some_and(|number| number.parse::<u64>().is_ok())
 }
 
 #[cfg(test)]
