@@ -1,1 +1,1 @@
-//! End-to-end tests of the `vq` binary live under `tests/`.
+//! End-to-end tests of the `vq` binary; see `tests/e2e`.

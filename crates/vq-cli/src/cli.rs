@@ -6,7 +6,8 @@ use crate::commands::{configs, decode, encode, eval, inspect, reconstruct, train
 
 /// Trains, judges and uses VQ-VAE image tokenizers.
 #[derive(Debug, Parser)]
-#[command(name = "vq", version, propagate_version = true, max_term_width = 100)]
+#[command(name = "vq", version, propagate_version = true, args_override_self = true)]
+#[command(max_term_width = 100)]
 pub(crate) struct Cli {
     /// How to report: text for people, json (one object per line on stdout) for programs.
     #[arg(long, global = true, value_enum, default_value_t = LogFormat::Text, value_name = "FORMAT")]

@@ -39,9 +39,7 @@ impl FromStr for Size {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let (width, height) = text.split_once('x').unwrap_or((text, text));
         match (width.parse::<usize>(), height.parse::<usize>()) {
-            (Ok(width), Ok(height)) if width.min(height) > 0 => {
-                Ok(Self { height, width })
-            }
+            (Ok(width), Ok(height)) if width.min(height) > 0 => Ok(Self { height, width }),
             _ => Err("give N or WIDTHxHEIGHT, in pixels".to_owned()),
         }
     }

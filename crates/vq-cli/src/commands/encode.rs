@@ -59,7 +59,7 @@ pub(crate) fn run(args: &EncodeArgs, format: LogFormat) -> Result<()> {
     }
     let codes = Codes::concat(&batches)?;
     let grids: Vec<&[usize]> = codes.levels.iter().map(candle_core::Tensor::dims).collect();
-    let text = format!("{}: {} images, codes {grids:?}", args.out.display(), pictures.len());
+    let text = format!("{}  codes {grids:?}", args.out.display());
     let record =
         json!({ "event": "encoded", "path": args.out, "images": pictures.len(), "codes": grids });
     let images = pictures.iter().map(|picture| picture.path.clone()).collect();

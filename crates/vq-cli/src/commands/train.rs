@@ -81,11 +81,13 @@ pub(crate) fn run(args: &TrainArgs, format: LogFormat) -> Result<ExitCode> {
     let stop = Stop::listen()?;
     let device = args.compute.start()?;
     let resumed = if args.resume { Some(RunFolder::open(&args.out)?) } else { None };
+    if !args.resume && !args.overwrite {
+        RunFolder::require_free(&args.out)?;
+    }
     let (mut recipe, splits) = prepare(args, resumed.as_ref(), format)?;
     // So that resuming does not depend on what is on disk by then.
     recipe.data.source = recipe.data.source.resolve(&recipe.data.dir);
     let tokenizer = Tokenizer::new(&recipe, &splits, &device)?;
-    describe(&recipe, &splits, &tokenizer, &device, format)?;
 
     // Last, so that nothing is left behind (or cleared away) where anything of the above is refused.
     let run = match resumed {
@@ -97,6 +99,7 @@ pub(crate) fn run(args: &TrainArgs, format: LogFormat) -> Result<ExitCode> {
             run
         }
     };
+    describe(&recipe, &splits, &tokenizer, &device, format)?;
     let mut trainer = Trainer::new(tokenizer, &recipe.train, run.path())?
         .with_observer(MetricsFile::new(run.metrics_file(), recipe.train.log_every))
         .with_observer(Pictures::new(&run))

@@ -1,0 +1,19 @@
+//! End-to-end tests: the real `vq` binary, on tiny models and a few images.
+
+#[cfg(test)]
+mod broken;
+#[cfg(test)]
+mod data_errors;
+#[cfg(test)]
+mod disk;
+#[cfg(test)]
+#[cfg(unix)]
+mod killed;
+#[cfg(test)]
+mod model;
+#[cfg(test)]
+mod support;
+#[cfg(test)]
+mod train;
+#[cfg(test)]
+mod usage_errors;
