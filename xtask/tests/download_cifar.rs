@@ -1,5 +1,8 @@
 //! `download-cifar` against a real HTTP server on the loopback.
 
+// Clippy's exception for tests leaves out the functions that tests share.
+#![allow(clippy::expect_used)]
+
 mod support;
 
 use std::fs;

@@ -85,7 +85,7 @@ impl Server {
         let requests = Arc::new(Mutex::new(Vec::new()));
         let seen = requests.clone();
         std::thread::spawn(move || {
-            let deadline = Instant::now() + Duration::from_secs(60);
+            let deadline = Instant::now() + Duration::from_mins(1);
             let mut count = 0;
             while count < MOST_REQUESTS && Instant::now() < deadline {
                 let Ok((stream, _)) = listener.accept() else {
