@@ -20,8 +20,8 @@ pub(crate) struct ImageArgs {
     #[arg(required = true, value_name = "IMAGE")]
     files: Vec<PathBuf>,
 
-    /// Scale and crop the images to this size first: N for N×N, or WIDTHxHEIGHT. Without it they keep
-    /// their size, less the margin that the model's downsampling does not divide.
+    /// Scale and crop the images to this size first: N for N×N, or `WIDTHxHEIGHT`. Without it they
+    /// keep their size, less the margin that the model's downsampling does not divide.
     #[arg(long, value_name = "SIZE")]
     size: Option<Size>,
 }

@@ -1,4 +1,4 @@
-//! NumPy's `.npy` for arrays of codes. candle's reader allocates whatever a header claims; this one
+//! The `.npy` format of Python's arrays, for codes. candle's reader allocates whatever a header claims; this one
 //! checks it against the file first.
 
 /// An array of u32 as an `.npy` file: `shape` and its values, row by row.
@@ -10,7 +10,7 @@ pub(crate) fn write(shape: &[usize], values: &[u32]) -> Vec<u8> {
         dims.join(", ")
     );
     // The values begin at a multiple of 64 bytes, after a line's end.
-    while (MAGIC.len() + 4 + header.len() + 1) % 64 != 0 {
+    while !(MAGIC.len() + 4 + header.len() + 1).is_multiple_of(64) {
         header.push(' ');
     }
     header.push('\n');

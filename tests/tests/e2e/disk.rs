@@ -53,8 +53,8 @@ fn all_is_whole(run: &Path) {
     }
     for folder in folders {
         for name in names(&folder) {
-            assert!(!name.ends_with(".tmp") && !name.starts_with(".tmp"), "left behind: {name}");
-            if name.ends_with(".png") {
+            assert!(!name.contains(".tmp"), "left behind: {name}");
+            if name.contains(".png") {
                 image::open(folder.join(&name)).unwrap();
             }
         }
@@ -100,32 +100,47 @@ fn limited(folder: &Path, args: &[&str]) -> crate::support::Said {
     command.output().unwrap().into()
 }
 
+/// Runs `vq ARGS…` with a file system of its own at FOLDER/disk, which is seen by that process alone
+/// and vanishes with it; what is on it is copied to FOLDER/copy afterwards. `None` where this user may
+/// not mount.
+#[cfg(target_os = "linux")]
+fn mounted(folder: &Path, options: &str, args: &[&str]) -> Option<crate::support::Said> {
+    let script = format!(
+        "mount -t tmpfs -o {options} none disk || exit 77
+        \"$0\" \"$@\"; code=$?
+        cp -RP disk copy; exit $code"
+    );
+    fs::create_dir(folder.join("disk")).unwrap();
+    let mut command = std::process::Command::new("unshare");
+    command.args(["--user", "--map-root-user", "--mount", "sh", "-c", &script]);
+    command.arg(crate::support::vq(folder).get_program()).args(args).current_dir(folder);
+    let output = command.env("RUST_BACKTRACE", "1").output().ok()?;
+    if output.status.code() == Some(77) || !folder.join("copy").exists() {
+        println!("skipped: this system does not let this user mount a file system");
+        return None;
+    }
+    Some(output.into())
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_full_disk() {
-    use crate::support::Said;
     let folder = tempfile::tempdir().unwrap();
-    let vq = crate::support::vq(folder.path());
-    fs::create_dir(folder.path().join("disk")).unwrap();
-    // A file system of its own, seen by this process alone: it vanishes with it. Afterwards what is
-    // on it is copied out to be looked at.
-    let script = "mount -t tmpfs -o size=300k none disk || exit 77
-        \"$0\" \"$@\"; code=$?
-        cp -RP disk copy; exit $code";
-    let full = |args: &[&str]| -> Option<Said> {
-        let mut command = std::process::Command::new("unshare");
-        command.args(["--user", "--map-root-user", "--mount", "sh", "-c", script]);
-        command.arg(vq.get_program()).args(args).current_dir(folder.path());
-        let output = command.env("RUST_BACKTRACE", "1").output().ok()?;
-        let is_possible = output.status.code() != Some(77) && folder.path().join("copy").exists();
-        is_possible.then(|| output.into())
-    };
-    let Some(said) = full(&train("disk/run", &["--epochs=1000"])) else {
-        println!("skipped: this system does not let this user mount a small file system");
-        return;
-    };
-    crate::support::refused(&said, &["cannot write", "disk/run", "No space left", "free space"]);
+    let args = train("disk/run", &["--epochs=1000"]);
+    let Some(said) = mounted(folder.path(), "size=300k", &args) else { return };
+    let says = ["cannot write", "disk/run", "No space left", "free space"];
+    crate::support::refused(&said, &says);
     all_is_whole(&folder.path().join("copy/run"));
+}
+
+/// Read-only even for the superuser.
+#[cfg(target_os = "linux")]
+#[test]
+fn a_read_only_disk() {
+    let folder = tempfile::tempdir().unwrap();
+    let Some(said) = mounted(folder.path(), "ro", &train("disk/run", &[])) else { return };
+    crate::support::refused(&said, &["cannot write", "disk/run", "Read-only", "--out"]);
+    assert!(names(&folder.path().join("copy")).is_empty());
 }
 
 /// Standard output on a full disk.

@@ -23,7 +23,7 @@ pub(crate) struct DecodeArgs {
     #[arg(long, default_value = "results", value_name = "FOLDER")]
     model: PathBuf,
 
-    /// Where the PNGs go, as NAME_decoded.png.
+    /// Where the PNGs go, as `NAME_decoded.png`.
     #[arg(long, default_value = ".", value_name = "FOLDER")]
     out: PathBuf,
 

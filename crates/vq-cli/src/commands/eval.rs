@@ -1,5 +1,6 @@
 //! `vq eval`
 
+use std::fmt::Write as _;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -36,7 +37,7 @@ pub(crate) struct EvalArgs {
     #[arg(long, alias = "batch_size", default_value_t = 128, value_name = "N")]
     batch_size: usize,
 
-    /// Also write eval_orig.png, eval_recon.png and eval_codebook.svg there.
+    /// Also write `eval_orig.png`, `eval_recon.png` and `eval_codebook.svg` there.
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
 
@@ -89,7 +90,7 @@ pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
     let mut text = format!("{} on {} ({} images)", folder.display(), dataset.name(), dataset.len());
     for (name, value) in evaluation.metrics.iter() {
         record.insert(name.into(), value.into());
-        text.push_str(&format!("\n  {name:14} {value:.6}"));
+        let _ = write!(text, "\n  {name:14} {value:.6}");
     }
     output::result(format, text, &Value::Object(record))
 }

@@ -18,9 +18,9 @@ use crate::{output, recipes};
 
 /// Train a VQ-VAE.
 ///
-/// Writes into the run folder (--out): config.toml, metrics.jsonl, epoch_N_orig.png and
-/// epoch_N_recon.png after every epoch (the same test images each time), curves.svg, codebook.svg, and
-/// checkpoints, with the links `last` and `best`.
+/// Writes into the run folder (--out): `config.toml`, `metrics.jsonl`, `epoch_N_orig.png` and
+/// `epoch_N_recon.png` after every epoch (the same test images each time), `curves.svg`, `codebook.svg`,
+/// and checkpoints, with the links `last` and `best`.
 ///
 /// Ctrl-C or SIGTERM finish the step, save a checkpoint and end with exit code 130 or 143, ready for
 /// --resume; a second one ends at once.

@@ -1,5 +1,6 @@
 //! The report of a training run: a progress bar, lines, or JSON.
 
+use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 use std::time::Duration;
 
@@ -117,7 +118,7 @@ impl Reporter {
     }
 
     fn is_due(&self, step: &StepFinished<'_>) -> bool {
-        step.step % self.log_every == 0 || step.batch == step.batches
+        step.step.is_multiple_of(self.log_every) || step.batch == step.batches
     }
 
     /// Above the bar, if there is one.
@@ -171,14 +172,14 @@ fn epoch_line(epoch: &EpochFinished<'_>) -> String {
         let codes = joined(
             usage.iter().map(|usage| format!("{} of {}", usage.codes_in_use(), usage.counts.len())),
         );
-        line.push_str(&format!(
+        let _ = write!(
+            line,
             "  |  test PSNR {psnr:.2} dB, SSIM {ssim:.3}, perplexity {perplexity}, {codes} codes in use{}",
             if epoch.is_best { ", best so far" } else { "" }
-        ));
+        );
     }
     let seconds = output::duration(epoch.train_seconds + epoch.evaluation_seconds);
-    line.push_str(&format!("  |  {seconds}"));
-    line
+    line + "  |  " + &seconds
 }
 
 /// The loss and what it is made of; without the figures of the codebook.
