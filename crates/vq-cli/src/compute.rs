@@ -50,12 +50,14 @@ impl FromStr for DeviceChoice {
 impl ComputeArgs {
     /// Sets up the threads and opens the device.
     pub(crate) fn start(&self) -> Result<Device> {
-        if let Some(threads) = self.threads {
-            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads.get());
-            pool.build_global().map_err(|error| {
-                Error::other(format!("cannot start {threads} threads: {error}"))
-            })?;
-        }
+        let threads = self.threads.map_or(0, NonZeroUsize::get);
+        // This thread is one of the workers: with one thread more than cores, parts of every
+        // operation would wait for each other.
+        rayon::ThreadPoolBuilder::new()
+            .num_threads(threads)
+            .use_current_thread()
+            .build_global()
+            .map_err(|error| Error::other(format!("cannot start the threads: {error}")))?;
         match self.device {
             DeviceChoice::Cpu => Ok(Device::Cpu),
             DeviceChoice::Cuda(number) => cuda(number),

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{D, DType, Device, Tensor, Var};
+use vq_ops::{channels_first, channels_last};
 
 use crate::level::Level;
 use crate::part::Builder;
@@ -241,7 +242,7 @@ impl VqVae {
         quantize: impl Fn(&dyn Quantizer, &Tensor) -> Result<(Tensor, T)>,
     ) -> Result<Vec<(Tensor, T)>> {
         let mut features = Vec::new();
-        let mut x = self.check_images(images)?.permute((0, 2, 3, 1))?.contiguous()?;
+        let mut x = channels_last(&self.check_images(images)?)?;
         for level in &self.levels {
             x = level.encoder.forward(&x, tracked)?;
             features.push(x.clone());
@@ -279,7 +280,7 @@ impl VqVae {
         match (self.levels.first(), stacked) {
             (Some(bottom), Some(maps)) => {
                 let images = bottom.decoder.forward(&maps, tracked)?;
-                Ok(images.permute((0, 3, 1, 2))?.contiguous()?)
+                Ok(channels_first(&images)?)
             }
             _ => Err(Error::config("levels", "must hold at least one level")),
         }

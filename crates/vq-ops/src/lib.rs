@@ -25,5 +25,5 @@ mod storage;
 pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
 pub use nearest::{code_statistics, nearest_codes};
 pub use optimizer::{AdamWStep, adamw_step, sum_of_squares};
-pub use pointwise::{replace_value, squared_error};
+pub use pointwise::{channels_first, channels_last, replace_value, squared_error};
 pub use stack::{Layer, Stack};

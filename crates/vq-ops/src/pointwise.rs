@@ -1,7 +1,8 @@
 //! Elementwise operations in one pass each way on the CPU. candle's own take several, each with a new
 //! tensor. Other devices run candle's.
 
-use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
+use rayon::prelude::*;
 
 /// The value of `b` with the gradient of `a`: ∂/∂a = the gradient of the result, ∂/∂b = 0. Equal shapes.
 pub fn replace_value(a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -24,8 +25,59 @@ pub fn squared_error(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     }
 }
 
+/// `[B,H,W,C]` to `[B,C,H,W]`, contiguous, in one pass each way.
+pub fn channels_first(x: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() {
+        x.contiguous()?.apply_op1(ChannelsFirst { back: false })
+    } else {
+        x.permute((0, 3, 1, 2))?.contiguous()
+    }
+}
+
+/// `[B,C,H,W]` to `[B,H,W,C]`, contiguous, in one pass each way.
+pub fn channels_last(x: &Tensor) -> Result<Tensor> {
+    if x.device().is_cpu() {
+        x.contiguous()?.apply_op1(ChannelsFirst { back: true })
+    } else {
+        x.permute((0, 2, 3, 1))?.contiguous()
+    }
+}
+
 struct ReplaceValue;
 struct SquaredError;
+
+/// The step between channels-last and channels-first, either way.
+struct ChannelsFirst {
+    back: bool,
+}
+
+impl CustomOp1 for ChannelsFirst {
+    fn name(&self) -> &'static str {
+        "channels-first"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (batch, a, b, c) = layout.shape().dims4()?;
+        let values = elements(x, layout)?;
+        // One matrix [rows, columns] per image, to be transposed.
+        let (rows, columns, shape) =
+            if self.back { (a, b * c, (batch, b, c, a)) } else { (a * b, c, (batch, c, a, b)) };
+        let mut to = vec![0f32; values.len()];
+        let size = (rows * columns).max(1);
+        to.par_chunks_mut(size).zip(values.par_chunks(size)).for_each(|(to, from)| {
+            for (column, to) in to.chunks_mut(rows).enumerate() {
+                for (to, row) in to.iter_mut().zip(from.chunks(columns)) {
+                    *to = row[column];
+                }
+            }
+        });
+        Ok((CpuStorage::F32(to), shape.into()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        if self.back { channels_first(grad).map(Some) } else { channels_last(grad).map(Some) }
+    }
+}
 
 impl CustomOp2 for ReplaceValue {
     fn name(&self) -> &'static str {
@@ -177,6 +229,20 @@ mod tests {
             let composed = |a: &Tensor, b: &Tensor| a.sub(&a.detach())?.add(&b.detach());
             assert_close(&run(replace_value, rows), &run(composed, rows));
         }
+    }
+
+    #[test]
+    fn layouts_turn_into_each_other() {
+        let x = Tensor::arange(0f32, 120., &Device::Cpu).unwrap().reshape((2, 3, 4, 5)).unwrap();
+        let x = Var::from_tensor(&x).unwrap();
+        let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        let first = channels_first(&x).unwrap();
+        assert_eq!(first.dims(), [2, 5, 3, 4]);
+        assert_eq!(values(&first), values(&x.permute((0, 3, 1, 2)).unwrap()));
+        assert_eq!(values(&channels_last(&first).unwrap()), values(&x));
+        let weights = channels_last(&first.detach()).unwrap().permute((0, 3, 1, 2)).unwrap();
+        let gradients = (first * weights).unwrap().sum_all().unwrap().backward().unwrap();
+        assert_eq!(values(gradients.get(&x).unwrap()), values(&x));
     }
 
     #[test]

@@ -2,6 +2,7 @@
 
 use candle_core::{Device, Tensor};
 use vq_model::{Normalization, Output};
+use vq_ops::squared_error;
 
 use crate::{Metrics, Result, TrainConfig};
 
@@ -51,8 +52,7 @@ impl Loss {
 
     /// The loss (a scalar) and its terms for images `[B,C,H,W]` in the model's range.
     pub(crate) fn of(&self, output: &Output, images: &Tensor) -> Result<(Tensor, Metrics)> {
-        let error = (&output.reconstruction - images)?;
-        let reconstruction = self.reconstruction(&error)?;
+        let reconstruction = self.reconstruction(&output.reconstruction, images)?;
         let commitment = (&output.commitment_loss * self.beta)?;
         let loss = ((&reconstruction + &output.codebook_loss)? + commitment)?;
         let value = |tensor: &Tensor| Ok::<_, crate::Error>(f64::from(tensor.to_scalar::<f32>()?));
@@ -64,17 +64,19 @@ impl Loss {
         Ok((loss, terms))
     }
 
-    fn reconstruction(&self, error: &Tensor) -> Result<Tensor> {
+    fn reconstruction(&self, reconstruction: &Tensor, images: &Tensor) -> Result<Tensor> {
         // A uniform factor is cheaper on the scalar.
-        let (error, factor) = match &self.scale {
-            Scale::Uniform(factor) => (error.clone(), *factor),
-            Scale::PerChannel(factors) => (error.broadcast_mul(factors)?, 1.0),
+        let (a, b, factor) = match &self.scale {
+            Scale::Uniform(factor) => (reconstruction.clone(), images.clone(), *factor),
+            Scale::PerChannel(factors) => {
+                (reconstruction.broadcast_mul(factors)?, images.broadcast_mul(factors)?, 1.0)
+            }
         };
-        let squared = (error.sqr()?.mean_all()? * (factor * factor))?;
+        let squared = (squared_error(&a, &b)? * (factor * factor))?;
         if self.l1 == 0.0 {
             return Ok(squared);
         }
-        Ok((squared + (error.abs()?.mean_all()? * (factor * self.l1))?)?)
+        Ok((squared + ((a - b)?.abs()?.mean_all()? * (factor * self.l1))?)?)
     }
 }
 
