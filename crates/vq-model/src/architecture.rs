@@ -37,14 +37,14 @@ pub(crate) fn downsampling(
     layers
 }
 
-/// The residual blocks of a level's encoder, after the `ReLU` of its last convolution (which their skip
-/// path also takes); they are numbered on from its convolutions.
+/// The residual blocks of a level's encoder, after the `ReLU` of its last convolution where
+/// [`LevelConfig::relu_before_residual`] asks for it; they are numbered on from its convolutions.
 pub(crate) fn residual_blocks(prefix: &str, level: &LevelConfig) -> NamedLayers {
     let first = level.downsample.ilog2() as usize + 1;
     let block = Layer::Residual { channels: level.hidden, hidden: level.residual_hidden };
     let blocks = (first..first + level.residual_blocks)
         .map(|index| (format!("{prefix}.{index}"), block.clone()));
-    let relu = (level.residual_blocks > 0)
+    let relu = (level.residual_blocks > 0 && level.relu_before_residual)
         .then(|| (format!("{prefix}.relu"), Layer::Relu { channels: level.hidden }));
     relu.into_iter().chain(blocks).collect()
 }

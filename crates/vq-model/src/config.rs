@@ -49,6 +49,9 @@ pub struct LevelConfig {
     pub residual_blocks: usize,
     /// Channels inside a residual block.
     pub residual_hidden: usize,
+    /// Whether a `ReLU` stands before the encoder's residual blocks, as in Sonnet's model. Their skip path
+    /// then carries no negative values; without it the encoder learns faster.
+    pub relu_before_residual: bool,
     /// The quantizer of this level.
     pub quantizer: QuantizerConfig,
 }
@@ -298,6 +301,7 @@ impl Default for LevelConfig {
             hidden: 128,
             residual_blocks: 2,
             residual_hidden: 32,
+            relu_before_residual: true,
             quantizer: QuantizerConfig::default(),
         }
     }

@@ -57,6 +57,7 @@ fn every_depth_width_and_number_of_levels_gives_back_images_of_the_same_size() {
                 hidden: 4 + 2 * downsample,
                 residual_blocks,
                 residual_hidden: 3,
+                relu_before_residual: true,
                 quantizer: quantizer.clone(),
             };
             let config = Config {

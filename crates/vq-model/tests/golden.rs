@@ -143,6 +143,7 @@ fn level(
         hidden,
         residual_blocks,
         residual_hidden,
+        relu_before_residual: true,
         quantizer,
     }
 }

@@ -122,7 +122,9 @@ impl Default for Recipe {
     fn default() -> Self {
         let mut model = Config::default();
         for level in &mut model.levels {
+            level.relu_before_residual = false;
             level.quantizer.rule = CodebookRule::Ema;
+            level.quantizer.decay_warmup = 9.0;
         }
         Self { model, data: DataConfig::default(), train: TrainConfig::default() }
     }
@@ -148,7 +150,7 @@ impl Default for TrainConfig {
             epochs: 50,
             batch_size: 128,
             seed: 0,
-            lr: 1e-3,
+            lr: 2e-3,
             warmup_steps: 100,
             schedule: Schedule::Cosine,
             min_lr: 0.0,

@@ -9,8 +9,14 @@ use vq_model::{CodebookRule, Config, GradientEstimator, LevelConfig, QuantizerCo
 /// 8×8 images of one level with 4×4 codes of 16.
 pub fn small() -> Config {
     let quantizer = QuantizerConfig { codebook_size: 16, dim: 6, ..QuantizerConfig::default() };
-    let level =
-        LevelConfig { downsample: 2, hidden: 8, residual_blocks: 1, residual_hidden: 4, quantizer };
+    let level = LevelConfig {
+        downsample: 2,
+        hidden: 8,
+        residual_blocks: 1,
+        residual_hidden: 4,
+        quantizer,
+        ..LevelConfig::default()
+    };
     Config { image_size: [8, 8], levels: vec![level], ..Config::default() }
 }
 
