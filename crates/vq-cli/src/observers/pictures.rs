@@ -82,14 +82,17 @@ impl Pictures {
             let point = |record: &EpochRecord| Some((record.step as f64, record.train.get(name)?));
             Series::new(label, history.iter().filter_map(point).collect())
         };
-        let losses = ["loss", "reconstruction", "codebook", "commitment"].map(by_step).into();
+        // A codebook that is not trained by gradients has no loss.
+        let losses = ["loss", "reconstruction", "codebook", "commitment"].map(by_step);
+        let losses =
+            losses.into_iter().filter(|series| series.points.iter().any(|(_, y)| *y > 0.0));
         let codes = [
             train("perplexity", "perplexity, train"),
             test("perplexity", "perplexity, test"),
             test("codes_in_use", "codes in use, test"),
         ];
         let panels = [
-            Panel::new("Training loss", losses).axes("step", "").log_y(),
+            Panel::new("Training loss", losses.collect()).axes("step", "").log_y(),
             Panel::new("PSNR on the test split", vec![test("psnr", "PSNR")]).axes("step", "dB"),
             Panel::new("SSIM on the test split", vec![test("ssim", "SSIM")]).axes("step", ""),
             Panel::new("Codebook", codes.into()).axes("step", "codes"),
