@@ -160,7 +160,7 @@ impl Default for TrainConfig {
             weight_decay: 1e-4,
             grad_clip: 1.0,
             weight_ema: 0.0,
-            beta: 0.25,
+            beta: 1.0,
             normalize_by_variance: true,
             l1: 0.0,
             kmeans: KMeansConfig::default(),
