@@ -12,7 +12,9 @@ use crate::support::{Memory, last, recipe, resumed, train, trainer};
 #[test]
 fn learns_and_says_what_happens_in_order() {
     let run = tempfile::tempdir().unwrap();
-    let recipe = recipe(&["train.epochs=8", "train.lr=0.01", "train.keep_checkpoints=1"]);
+    let overrides =
+        ["train.epochs=8", "train.lr=0.01", "train.beta=0.25", "train.keep_checkpoints=1"];
+    let recipe = recipe(&overrides);
     let memory = Memory::default();
     let mut trainer = trainer(&recipe, run.path()).unwrap().with_observer(memory.clone());
     assert_eq!(trainer.run().unwrap(), Outcome::Finished);
