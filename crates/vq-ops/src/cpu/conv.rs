@@ -7,9 +7,9 @@ use rayon::prelude::*;
 
 use super::SharedMut;
 use super::buffers::Buffers;
-use super::pack::{DepthAxis, Images, Patches, Place, Tap, weight_panels};
+use super::pack::{Axes, DepthAxis, Images, Patches, Place, Tap, weight_panels};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
-use super::winograd::{self, Axes, Plan};
+use super::winograd::{self, Plan};
 
 /// Rows of patches that a task gathers and multiplies at a time.
 const BLOCK: usize = 112;
@@ -198,13 +198,13 @@ fn multiply(
     out: &mut [f32],
 ) {
     let kernels = kernels();
+    let axes = Axes::new(weight_shape, axis);
     if let Some(plan) = Plan::new(patches, target.images.channels, kernels.lanes) {
-        let axes = Axes::new(weight_shape, axis);
         winograd::multiply(&plan, kernels, patches, x, weight, axes, finish, target, buffers, out);
         return;
     }
     let mut panels = PANELS.take();
-    weight_panels(weight, weight_shape, axis, &patches.taps, kernels.panel, &mut panels);
+    weight_panels(weight, axes, &patches.taps, kernels.panel, &mut panels);
     let rows = patches.rows();
     let product = Product { kernels, patches, x, panels: &panels, finish, target };
     let out = SharedMut::new(out);
@@ -303,7 +303,7 @@ fn scatter(
     let mut panels = PANELS.take();
     let tap = Tap { dy: 0, dx: 0, index: 0 };
     let shape = (from.channels, columns, 1);
-    weight_panels(&by_tap, shape, DepthAxis::Outer, &[tap], kernels.panel, &mut panels);
+    weight_panels(&by_tap, Axes::new(shape, DepthAxis::Outer), &[tap], kernels.panel, &mut panels);
     let patches = Patches::new(one, (from.height, from.width), 1, vec![tap], relu);
     let target = Target { images: Images { channels: columns, ..one }, scale: 1, phase: (0, 0) };
     large.par_chunks_mut(to.len() / to.batch).enumerate().for_each(|(image, large)| {

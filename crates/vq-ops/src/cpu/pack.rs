@@ -176,21 +176,40 @@ pub(crate) enum DepthAxis {
     Inner,
 }
 
+/// How a weight `[outer, inner, KH, KW]` is read as depth × columns.
+#[derive(Clone, Copy)]
+pub(crate) struct Axes {
+    /// Channels along the depth.
+    pub channels: usize,
+    /// Channels along the columns.
+    pub columns: usize,
+    /// Elements between neighbouring channels of the depth.
+    pub channel_step: usize,
+    /// Elements between neighbouring columns.
+    pub column_step: usize,
+}
+
+impl Axes {
+    /// For a weight of that shape, (outer, inner, KH · KW).
+    pub(crate) fn new((outer, inner, area): (usize, usize, usize), axis: DepthAxis) -> Self {
+        let (channels, columns, channel_step, column_step) = match axis {
+            DepthAxis::Outer => (outer, inner, inner * area, area),
+            DepthAxis::Inner => (inner, outer, area, inner * area),
+        };
+        Self { channels, columns, channel_step, column_step }
+    }
+}
+
 /// A weight as a matrix `[taps · depth channels, columns]`, cut into panels of `panel` columns
 /// (`[panels][depth][panel]`, the last one filled up with zeros).
 pub(crate) fn weight_panels(
     weight: &[f32],
-    shape: (usize, usize, usize),
-    axis: DepthAxis,
+    axes: Axes,
     taps: &[Tap],
     panel: usize,
     to: &mut Vec<f32>,
 ) {
-    let (outer, inner, area) = shape;
-    let (channels, columns, channel_step, column_step) = match axis {
-        DepthAxis::Outer => (outer, inner, inner * area, area),
-        DepthAxis::Inner => (inner, outer, area, inner * area),
-    };
+    let Axes { channels, columns, channel_step, column_step } = axes;
     let depth = taps.len() * channels;
     to.clear();
     to.resize(columns.div_ceil(panel) * depth * panel, 0.);

@@ -5,9 +5,9 @@ use rayon::prelude::*;
 use super::SharedMut;
 use super::buffers::Buffers;
 use super::conv::{Geometry, with_scratch};
-use super::pack::DepthAxis;
+use super::pack::{Axes, DepthAxis};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
-use super::winograd::{self, Axes, Plan};
+use super::winograd::{self, Plan};
 
 /// Pixels that a task multiplies at a time.
 const CHUNK: usize = 192;

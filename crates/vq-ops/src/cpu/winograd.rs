@@ -7,7 +7,7 @@ use rayon::prelude::*;
 use super::SharedMut;
 use super::buffers::Buffers;
 use super::conv::{Finish, Target, with_scratch};
-use super::pack::{DepthAxis, Patches, Place};
+use super::pack::{Axes, Patches, Place};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile};
 use super::winograd_transform::{Input, OUT, Output, Transforms};
 
@@ -220,25 +220,6 @@ impl Plan {
             }
         });
         all
-    }
-}
-
-/// How a weight `[outer, inner, KH, KW]` is read as depth × columns.
-#[derive(Clone, Copy)]
-pub(crate) struct Axes {
-    channels: usize,
-    columns: usize,
-    channel_step: usize,
-    column_step: usize,
-}
-
-impl Axes {
-    pub(crate) fn new((outer, inner, area): (usize, usize, usize), axis: DepthAxis) -> Self {
-        let (channels, columns, channel_step, column_step) = match axis {
-            DepthAxis::Outer => (outer, inner, inner * area, area),
-            DepthAxis::Inner => (inner, outer, area, inner * area),
-        };
-        Self { channels, columns, channel_step, column_step }
     }
 }
 
