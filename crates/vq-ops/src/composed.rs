@@ -1,9 +1,9 @@
 //! The operations composed of candle's own: slow and obvious, for any device, and the oracle that
 //! the kernels are tested against.
 
-use candle_core::{D, Result, Tensor};
+use candle_core::{D, DType, Result, Tensor};
 
-use crate::{Conv2d, ConvTranspose2d};
+use crate::{Conv2d, ConvTranspose2d, Precision};
 
 /// ReLU whose gradient is 0 at 0, as PyTorch's (candle's is 1 there), and that lets NaN through
 /// (candle's makes it 0, which would hide a model that diverged).
@@ -20,6 +20,7 @@ pub fn conv2d(
     config: Conv2d,
 ) -> Result<Tensor> {
     let x = if config.relu_input { relu(x)? } else { x.clone() };
+    let (x, weight) = (rounded(&x, config.precision)?, rounded(weight, config.precision)?);
     let nchw = x.permute((0, 3, 1, 2))?.contiguous()?;
     let y = nchw.conv2d(
         &weight.contiguous()?,
@@ -39,6 +40,7 @@ pub fn conv_transpose2d(
     config: ConvTranspose2d,
 ) -> Result<Tensor> {
     let x = if config.relu_input { relu(x)? } else { x.clone() };
+    let (x, weight) = (rounded(&x, config.precision)?, rounded(weight, config.precision)?);
     let nchw = x.permute((0, 3, 1, 2))?.contiguous()?;
     let y = nchw.conv_transpose2d(
         &weight.contiguous()?,
@@ -80,6 +82,17 @@ pub fn code_statistics(
     let ids = Tensor::arange(0u32, codebook_size as u32, z.device())?;
     let one_hot = codes.unsqueeze(0)?.broadcast_eq(&ids.unsqueeze(1)?)?.to_dtype(z.dtype())?;
     Ok((one_hot.sum(1)?, one_hot.matmul(z)?))
+}
+
+/// The values that products are taken of. Rounding has the gradient 1; the gradient of the products
+/// themselves stays in f32, while the kernels round it as a factor.
+fn rounded(x: &Tensor, precision: Precision) -> Result<Tensor> {
+    match precision {
+        Precision::F32 => Ok(x.clone()),
+        Precision::Bf16 => {
+            crate::replace_value(x, &x.detach().to_dtype(DType::BF16)?.to_dtype(x.dtype())?)
+        }
+    }
 }
 
 fn add_bias(y: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {

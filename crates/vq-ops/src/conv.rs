@@ -2,12 +2,12 @@
 
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
 
-use crate::composed;
 use crate::cpu::buffers::Buffers;
 use crate::cpu::conv::{Finish, Geometry, large_to_small, small_to_large};
 use crate::cpu::pack::Images;
 use crate::cpu::weight_gradient::{column_sums, weight_gradient};
 use crate::storage::{f32_elements, f32_slice};
+use crate::{Precision, composed};
 
 /// How a kernel moves over its input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -20,11 +20,13 @@ pub struct Conv2d {
     pub dilation: usize,
     /// Whether ReLU is applied to the input first (fused: no extra pass over memory).
     pub relu_input: bool,
+    /// In which numbers the products are taken.
+    pub precision: Precision,
 }
 
 impl Default for Conv2d {
     fn default() -> Self {
-        Self { stride: 1, padding: 0, dilation: 1, relu_input: false }
+        Self { stride: 1, padding: 0, dilation: 1, relu_input: false, precision: Precision::F32 }
     }
 }
 
@@ -58,11 +60,20 @@ pub struct ConvTranspose2d {
     pub dilation: usize,
     /// Whether ReLU is applied to the input first (fused: no extra pass over memory).
     pub relu_input: bool,
+    /// In which numbers the products are taken.
+    pub precision: Precision,
 }
 
 impl Default for ConvTranspose2d {
     fn default() -> Self {
-        Self { stride: 1, padding: 0, output_padding: 0, dilation: 1, relu_input: false }
+        Self {
+            stride: 1,
+            padding: 0,
+            output_padding: 0,
+            dilation: 1,
+            relu_input: false,
+            precision: Precision::F32,
+        }
     }
 }
 
@@ -156,8 +167,8 @@ impl Conv2d {
             width: self.output_length(width, kw)?,
             channels: outer,
         };
-        let Self { stride, padding, dilation, .. } = *self;
-        Ok(Geometry { large, small, kernel: (kh, kw), stride, padding, dilation })
+        let Self { stride, padding, dilation, precision, .. } = *self;
+        Ok(Geometry { large, small, kernel: (kh, kw), stride, padding, dilation, precision })
     }
 }
 
@@ -182,8 +193,8 @@ impl ConvTranspose2d {
             width: self.output_length(width, kw)?,
             channels: inner,
         };
-        let Self { stride, padding, dilation, .. } = *self;
-        Ok(Geometry { large, small, kernel: (kh, kw), stride, padding, dilation })
+        let Self { stride, padding, dilation, precision, .. } = *self;
+        Ok(Geometry { large, small, kernel: (kh, kw), stride, padding, dilation, precision })
     }
 }
 

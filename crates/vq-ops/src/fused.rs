@@ -9,8 +9,9 @@ use rayon::prelude::*;
 use crate::cpu::buffers::{Buffer, Buffers};
 use crate::cpu::conv::{Finish, Geometry, large_to_small, small_to_large};
 use crate::cpu::weight_gradient::{column_sums, weight_gradient};
-use crate::stack::{Layer, RESIDUAL_1X1, RESIDUAL_3X3};
+use crate::stack::{Layer, residual_1x1, residual_3x3};
 use crate::storage::{f32_elements, f32_slice};
+use crate::{Conv2d, ConvTranspose2d, Precision};
 
 /// A stack's forward and backward pass for one input shape; operands are the input and all
 /// parameters, flat and side by side.
@@ -54,6 +55,7 @@ struct Saved {
 impl FusedStack {
     pub(crate) fn new(
         layers: &[Layer],
+        precision: Precision,
         input: &[usize],
         buffers: &Buffers,
         keep: bool,
@@ -78,24 +80,32 @@ impl FusedStack {
             };
             let step = match layer {
                 Layer::Conv2d { config, .. } => Step::Convolution(convolution(
-                    config.geometry(&dims, &shapes[0])?,
+                    Conv2d { precision, ..*config }.geometry(&dims, &shapes[0])?,
                     false,
                     config.relu_input,
                     0,
                 )?),
                 Layer::ConvTranspose2d { config, .. } => Step::Convolution(convolution(
-                    config.geometry(&dims, &shapes[0])?,
+                    ConvTranspose2d { precision, ..*config }.geometry(&dims, &shapes[0])?,
                     true,
                     config.relu_input,
                     0,
                 )?),
                 Layer::Relu { .. } => Step::Relu(dims.clone()),
                 Layer::Residual { .. } => {
-                    let first =
-                        convolution(RESIDUAL_3X3.geometry(&dims, &shapes[0])?, false, true, 0)?;
+                    let first = convolution(
+                        residual_3x3(precision).geometry(&dims, &shapes[0])?,
+                        false,
+                        true,
+                        0,
+                    )?;
                     let hidden = first.output_dims();
-                    let second =
-                        convolution(RESIDUAL_1X1.geometry(&hidden, &shapes[2])?, false, true, 2)?;
+                    let second = convolution(
+                        residual_1x1(precision).geometry(&hidden, &shapes[2])?,
+                        false,
+                        true,
+                        2,
+                    )?;
                     Step::Residual { first, second }
                 }
             };

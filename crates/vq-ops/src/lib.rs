@@ -19,6 +19,7 @@ mod fused;
 mod nearest;
 mod optimizer;
 mod pointwise;
+mod precision;
 mod stack;
 mod storage;
 
@@ -26,4 +27,5 @@ pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
 pub use nearest::{code_statistics, nearest_codes};
 pub use optimizer::{AdamWStep, adamw_step, sum_of_squares};
 pub use pointwise::{channels_first, channels_last, replace_value, squared_error};
+pub use precision::Precision;
 pub use stack::{Layer, Stack};

@@ -4,7 +4,7 @@ use candle_core::{DType, Result, Tensor, bail};
 
 use crate::cpu::buffers::Buffers;
 use crate::fused::FusedStack;
-use crate::{Conv2d, ConvTranspose2d};
+use crate::{Conv2d, ConvTranspose2d, Precision};
 
 /// One layer of a [`Stack`].
 #[derive(Clone, Debug, PartialEq)]
@@ -47,11 +47,13 @@ pub enum Layer {
 }
 
 /// The 3×3 convolution of a residual layer.
-pub(crate) const RESIDUAL_3X3: Conv2d =
-    Conv2d { stride: 1, padding: 1, dilation: 1, relu_input: true };
+pub(crate) const fn residual_3x3(precision: Precision) -> Conv2d {
+    Conv2d { stride: 1, padding: 1, dilation: 1, relu_input: true, precision }
+}
 /// The 1×1 convolution of a residual layer.
-pub(crate) const RESIDUAL_1X1: Conv2d =
-    Conv2d { stride: 1, padding: 0, dilation: 1, relu_input: true };
+pub(crate) const fn residual_1x1(precision: Precision) -> Conv2d {
+    Conv2d { stride: 1, padding: 0, dilation: 1, relu_input: true, precision }
+}
 
 impl Layer {
     /// The layer's parameters in order: names relative to the layer, and shapes in PyTorch's
@@ -131,6 +133,7 @@ impl Layer {
 #[derive(Clone, Debug)]
 pub struct Stack {
     layers: Vec<Layer>,
+    precision: Precision,
     buffers: Buffers,
 }
 
@@ -152,7 +155,13 @@ impl Stack {
                 );
             }
         }
-        Ok(Self { layers, buffers: Buffers::default() })
+        Ok(Self { layers, precision: Precision::default(), buffers: Buffers::default() })
+    }
+
+    /// In which numbers the products of all layers are taken from now on, whatever their own
+    /// configuration says. f32 at first.
+    pub fn set_precision(&mut self, precision: Precision) {
+        self.precision = precision;
     }
 
     /// The layers, first to last.
@@ -185,7 +194,7 @@ impl Stack {
         let flat = params.iter().map(Tensor::flatten_all).collect::<Result<Vec<_>>>()?;
         let theta = Tensor::cat(&flat, 0)?;
         let keep = x.track_op() || theta.track_op();
-        let op = FusedStack::new(&self.layers, x.dims(), &self.buffers, keep)?;
+        let op = FusedStack::new(&self.layers, self.precision, x.dims(), &self.buffers, keep)?;
         x.contiguous()?.apply_op2(&theta, op)
     }
 
@@ -193,21 +202,22 @@ impl Stack {
     /// any device, and the oracle of the fused form.
     pub fn forward_layerwise(&self, x: &Tensor, params: &[Tensor]) -> Result<Tensor> {
         self.check_parameters(params)?;
-        let (mut x, mut params) = (x.clone(), params);
+        let (mut x, mut params, precision) = (x.clone(), params, self.precision);
         for layer in &self.layers {
             let (own, rest) = params.split_at(layer.parameters().len());
             params = rest;
             x = match (layer, own) {
                 (Layer::Conv2d { config, .. }, [weight, bias]) => {
-                    crate::conv2d(&x, weight, Some(bias), *config)?
+                    crate::conv2d(&x, weight, Some(bias), Conv2d { precision, ..*config })?
                 }
                 (Layer::ConvTranspose2d { config, .. }, [weight, bias]) => {
-                    crate::conv_transpose2d(&x, weight, Some(bias), *config)?
+                    let config = ConvTranspose2d { precision, ..*config };
+                    crate::conv_transpose2d(&x, weight, Some(bias), config)?
                 }
                 (Layer::Relu { .. }, []) => crate::composed::relu(&x)?,
                 (Layer::Residual { .. }, [weight1, bias1, weight2, bias2]) => {
-                    let hidden = crate::conv2d(&x, weight1, Some(bias1), RESIDUAL_3X3)?;
-                    (&x + crate::conv2d(&hidden, weight2, Some(bias2), RESIDUAL_1X1)?)?
+                    let hidden = crate::conv2d(&x, weight1, Some(bias1), residual_3x3(precision))?;
+                    (&x + crate::conv2d(&hidden, weight2, Some(bias2), residual_1x1(precision))?)?
                 }
                 _ => bail!("a layer was given {} parameters", own.len()),
             };

@@ -6,10 +6,12 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 use super::SharedMut;
+use super::bf16;
 use super::buffers::Buffers;
 use super::pack::{Axes, DepthAxis, Images, Patches, Place, Tap, weight_panels};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
 use super::winograd::{self, Plan};
+use crate::Precision;
 
 /// Rows of patches that a task gathers and multiplies at a time.
 const BLOCK: usize = 112;
@@ -27,6 +29,7 @@ pub(crate) struct Geometry {
     pub stride: usize,
     pub padding: usize,
     pub dilation: usize,
+    pub precision: Precision,
 }
 
 impl Geometry {
@@ -98,17 +101,7 @@ pub(crate) fn large_to_small(
 ) {
     let patches = geometry.patches(relu);
     let target = Target { images: geometry.small, scale: 1, phase: (0, 0) };
-    multiply(
-        &patches,
-        large,
-        weight,
-        geometry.weight_shape(),
-        DepthAxis::Inner,
-        finish,
-        target,
-        buffers,
-        small,
-    );
+    multiply(geometry, &patches, large, weight, DepthAxis::Inner, finish, target, buffers, small);
 }
 
 /// `small` `[B, h, w, outer]` → `large` `[B, H, W, inner]`: a transposed convolution forward, and a
@@ -131,10 +124,10 @@ pub(crate) fn small_to_large(
             let patches = geometry.phase_patches(phase, relu);
             let target = Target { images: geometry.large, scale: geometry.stride, phase };
             multiply(
+                geometry,
                 &patches,
                 small,
                 weight,
-                geometry.weight_shape(),
                 DepthAxis::Outer,
                 finish,
                 target,
@@ -158,6 +151,11 @@ impl Target {
     pub(super) fn dense(batch: usize, grid: (usize, usize), channels: usize) -> Self {
         let images = Images { batch, height: grid.0, width: grid.1, channels };
         Self { images, scale: 1, phase: (0, 0) }
+    }
+
+    /// Channels of a pixel.
+    pub(super) fn channels(&self) -> usize {
+        self.images.channels
     }
 
     /// The first element of that pixel.
@@ -187,18 +185,22 @@ pub(super) fn with_scratch<R>(length: usize, work: impl FnOnce(&mut [f32]) -> R)
 
 #[allow(clippy::too_many_arguments)]
 fn multiply(
+    geometry: &Geometry,
     patches: &Patches,
     x: &[f32],
     weight: &[f32],
-    weight_shape: (usize, usize, usize),
     axis: DepthAxis,
     finish: Finish<'_>,
     target: Target,
     buffers: &Buffers,
     out: &mut [f32],
 ) {
+    let axes = Axes::new(geometry.weight_shape(), axis);
+    if geometry.precision == Precision::Bf16 {
+        bf16::conv::multiply(patches, x, weight, axes, finish, target, buffers, out);
+        return;
+    }
     let kernels = kernels();
-    let axes = Axes::new(weight_shape, axis);
     if let Some(plan) = Plan::new(patches, target.images.channels, kernels.lanes) {
         winograd::multiply(&plan, kernels, patches, x, weight, axes, finish, target, buffers, out);
         return;
@@ -241,7 +243,14 @@ impl Product<'_> {
         with_scratch(BLOCK * ROW, |gathered| {
             for chunk in 0..chunks {
                 let (start, end) = (depth * chunk / chunks, depth * (chunk + 1) / chunks);
-                self.patches.gather(self.kernels, self.x, rows.clone(), start..end, gathered, ROW);
+                self.patches.gather(
+                    &self.kernels.copy,
+                    self.x,
+                    rows.clone(),
+                    start..end,
+                    gathered,
+                    ROW,
+                );
                 let last = chunk + 1 == chunks;
                 for first in (0..columns).step_by(panel) {
                     let b = self.panels[first * depth + start * panel..].as_ptr();
@@ -287,7 +296,8 @@ fn scatter(
     large: &mut [f32],
 ) {
     let kernels = kernels();
-    let Geometry { large: to, small: from, kernel, stride, padding, dilation } = *geometry;
+    let Geometry { large: to, small: from, kernel, stride, padding, dilation, precision } =
+        *geometry;
     let area = kernel.0 * kernel.1;
     let columns = area * to.channels;
     // [outer, inner, area] → [outer, area · inner], so that a tap's channels lie side by side.
@@ -300,30 +310,42 @@ fn scatter(
         }
     }
     let one = Images { batch: 1, ..from };
-    let mut panels = PANELS.take();
     let tap = Tap { dy: 0, dx: 0, index: 0 };
-    let shape = (from.channels, columns, 1);
-    weight_panels(&by_tap, Axes::new(shape, DepthAxis::Outer), &[tap], kernels.panel, &mut panels);
+    let axes = Axes::new((from.channels, columns, 1), DepthAxis::Outer);
     let patches = Patches::new(one, (from.height, from.width), 1, vec![tap], relu);
     let target = Target { images: Images { channels: columns, ..one }, scale: 1, phase: (0, 0) };
+    let (mut panels, mut pairs) = (PANELS.take(), Vec::new());
+    match precision {
+        Precision::F32 => weight_panels(&by_tap, axes, &[tap], kernels.panel, &mut panels),
+        Precision::Bf16 => {
+            pairs.resize(bf16::conv::panels_len(from.channels, columns), 0);
+            bf16::conv::weight_panels(&by_tap, axes, &[tap], &mut pairs);
+        }
+    }
+    // [pixels, columns] of one image.
+    let multiply = |x: &[f32], products: &mut [f32]| {
+        let (rows, out) = (one.pixels(), SharedMut::new(products));
+        let (patches, finish) = (&patches, Finish::default());
+        match precision {
+            Precision::F32 => {
+                let product = Product { kernels, patches, x, panels: &panels, finish, target };
+                for first in (0..rows).step_by(BLOCK) {
+                    product.block(first..(first + BLOCK).min(rows), out);
+                }
+            }
+            Precision::Bf16 => {
+                let panels = &pairs;
+                bf16::conv::PatchProduct { patches, x, panels, finish, target }.rows(0..rows, out);
+            }
+        }
+    };
     large.par_chunks_mut(to.len() / to.batch).enumerate().for_each(|(image, large)| {
         let at = image * large.len();
         let cut = |values: Option<&'_ [f32]>| values.map(|v| v[at..at + large.len()].to_vec());
         let (mask, residual) = (cut(finish.mask), cut(finish.residual));
         let x = &small[image * one.len()..(image + 1) * one.len()];
-        let product = Product {
-            kernels,
-            patches: &patches,
-            x,
-            panels: &panels,
-            finish: Finish::default(),
-            target,
-        };
-        let pixels = one.pixels();
-        let mut products = vec![0.; pixels * columns];
-        for first in (0..pixels).step_by(BLOCK) {
-            product.block(first..(first + BLOCK).min(pixels), SharedMut::new(&mut products));
-        }
+        let mut products = vec![0.; one.pixels() * columns];
+        multiply(x, &mut products);
         match finish.bias {
             Some(bias) => large.chunks_mut(to.channels).for_each(|p| p.copy_from_slice(bias)),
             None => large.fill(0.),

@@ -4,6 +4,7 @@
 //! sums in a fixed order: the results are the same to the bit whatever the thread pool.
 
 pub(crate) mod adamw;
+pub(crate) mod bf16;
 pub(crate) mod buffers;
 pub(crate) mod conv;
 pub(crate) mod nearest;

@@ -5,8 +5,6 @@
 
 use rayon::prelude::*;
 
-use super::tile::Kernels;
-
 /// The sizes of a channels-last batch of images.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Images {
@@ -25,6 +23,12 @@ impl Images {
         self.pixels() * self.channels
     }
 }
+
+/// Copies or converts that many elements.
+///
+/// # Safety
+/// The pointers must cover them, and the CPU must have the function's instruction set.
+pub(crate) type CopyFn<T> = unsafe fn(*const f32, *mut T, usize);
 
 /// One tap of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -90,18 +94,19 @@ impl Patches {
         self.images.batch * self.grid.0 * self.grid.1
     }
 
-    /// Copies elements `depth` of the patches `rows` to `to`, `stride` elements apart.
-    pub(crate) fn gather(
+    /// Copies elements `depth` of the patches `rows` to `to`, `stride` elements apart, by `copy[0]`,
+    /// or by `copy[1]` where ReLU is wanted; these work on slices of equal length.
+    pub(crate) fn gather<T: Copy + Default>(
         &self,
-        kernels: &Kernels,
+        copy: &[CopyFn<T>; 2],
         x: &[f32],
         rows: std::ops::Range<usize>,
         depth: std::ops::Range<usize>,
-        to: &mut [f32],
+        to: &mut [T],
         stride: usize,
     ) {
         let Images { height, width, channels, .. } = self.images;
-        let copy = kernels.copy[usize::from(self.relu)];
+        let copy = copy[usize::from(self.relu)];
         let mut place = Place::at(rows.start, self.grid);
         for (_, to) in rows.zip(to.chunks_mut(stride)) {
             for run in &self.runs {
@@ -121,16 +126,16 @@ impl Patches {
                     (width as isize - x0).clamp(0, run.count as isize) as usize * channels;
                 let (from, until) = (first.max(inside_first), end.min(inside_end));
                 if y < 0 || y >= height as isize || from >= until {
-                    to.fill(0.);
+                    to.fill(T::default());
                     continue;
                 }
-                to[..from - first].fill(0.);
-                to[until - first..].fill(0.);
+                to[..from - first].fill(T::default());
+                to[until - first..].fill(T::default());
                 let row = (place.image * height + y as usize) * width;
                 let base = (row as isize + x0) * channels as isize;
                 let source = &x[(base + from as isize) as usize..(base + until as isize) as usize];
                 let to = &mut to[from - first..until - first];
-                // SAFETY: both slices have `source.len()` elements; `kernels` fits this CPU.
+                // SAFETY: both slices have `source.len()` elements; the kernels fit this CPU.
                 #[allow(unsafe_code)]
                 unsafe {
                     copy(source.as_ptr(), to.as_mut_ptr(), source.len());

@@ -2,12 +2,14 @@
 
 use proptest::prelude::*;
 
+use super::bf16;
 use super::buffers::Buffers;
 use super::conv::{Finish, Geometry, large_to_small, small_to_large};
 use super::nearest::{NotFinite, nearest, statistics};
 use super::pack::Images;
 use super::tile::{FORCED, available};
 use super::weight_gradient::{column_sums, weight_gradient};
+use crate::Precision;
 
 /// Numbers in [-1, 1) that look random and are the same everywhere.
 fn noise(len: usize, seed: u64) -> Vec<f32> {
@@ -28,6 +30,28 @@ fn on_every_cpu(check: impl Fn(&str)) {
         check(kernels.name);
         FORCED.set(None);
     }
+}
+
+/// As [`on_every_cpu`], for the kernels of that precision.
+fn on_every_cpu_with(precision: Precision, check: impl Fn(&str)) {
+    if precision == Precision::F32 {
+        return on_every_cpu(check);
+    }
+    for kernels in bf16::kernels::available() {
+        bf16::kernels::FORCED.set(Some(kernels));
+        check(&format!("bf16 {}", kernels.name));
+        bf16::kernels::FORCED.set(None);
+    }
+}
+
+/// The value of a factor: itself, or the nearest number with 8 bits of mantissa, the even one of two
+/// that are equally near.
+fn factor(value: f64, precision: Precision) -> f64 {
+    if precision == Precision::F32 || value == 0. {
+        return value;
+    }
+    let unit = value.abs().log2().floor().exp2() / 128.;
+    (value / unit).round_ties_even() * unit
 }
 
 #[track_caller]
@@ -70,8 +94,11 @@ fn check_geometry(g: &Geometry, relu_on: bool, finish_on: bool) {
     let large = noise(g.large.len(), 1);
     let small = noise(g.small.len(), 2);
     let weight = noise(g.weight_len(), 3);
-    let (large64, small64) = (relu(&large, relu_on), relu(&small, relu_on));
-    let weight64 = relu(&weight, false);
+    let factors = |values: &[f32], relu_on: bool| -> Vec<f64> {
+        relu(values, relu_on).into_iter().map(|value| factor(value, g.precision)).collect()
+    };
+    let (large64, small64) = (factors(&large, relu_on), factors(&small, relu_on));
+    let weight64 = factors(&weight, false);
     let mut to_small = vec![0f64; small.len()];
     let mut to_large = vec![0f64; large.len()];
     let mut of_weight = vec![0f64; weight.len()];
@@ -101,13 +128,15 @@ fn check_geometry(g: &Geometry, relu_on: bool, finish_on: bool) {
     // Rounding is in proportion to the sum of the products' sizes, not to the sum itself. Minimal
     // filtering trades accuracy for its fewer multiplications: its transforms multiply by up to 8 and
     // subtract again, in two dimensions. A wrong or missing product is off by thousands of times that.
-    let minimal = g.small.channels.is_multiple_of(8) && g.large.channels.is_multiple_of(8);
+    let minimal = g.precision == Precision::F32
+        && g.small.channels.is_multiple_of(8)
+        && g.large.channels.is_multiple_of(8);
     let allowed = |sizes: &[f64]| {
         let largest = sizes.iter().fold(1., |a: f64, b| a.max(*b));
         largest * f64::from(f32::EPSILON) * if minimal { 64. } else { 8. }
     };
     let allowed = sizes.map(|sizes| allowed(&sizes));
-    on_every_cpu(|cpu| {
+    on_every_cpu_with(g.precision, |cpu| {
         let finish = |bias, mask, residual| {
             if finish_on {
                 Finish { bias: Some(bias), mask: Some(mask), residual: Some(residual) }
@@ -136,6 +165,7 @@ fn geometry(
     (inner, outer): (usize, usize),
     kernel: (usize, usize),
     (stride, padding, dilation): (usize, usize, usize),
+    precision: Precision,
 ) -> Option<Geometry> {
     let length = |input: usize, kernel: usize| {
         let span = dilation * (kernel - 1) + 1;
@@ -148,7 +178,7 @@ fn geometry(
         width: length(width, kernel.1)?,
         channels: outer,
     };
-    Some(Geometry { large, small, kernel, stride, padding, dilation })
+    Some(Geometry { large, small, kernel, stride, padding, dilation, precision })
 }
 
 proptest! {
@@ -162,8 +192,9 @@ proptest! {
         steps in (1usize..4, 0usize..3, 1usize..3),
         relu in any::<bool>(),
         finish in any::<bool>(),
+        precision in prop::sample::select(vec![Precision::F32, Precision::Bf16]),
     ) {
-        if let Some(g) = geometry(size, channels, kernel, steps) {
+        if let Some(g) = geometry(size, channels, kernel, steps, precision) {
             check_geometry(&g, relu, finish);
         }
     }
@@ -177,7 +208,7 @@ proptest! {
     ) {
         let (kernel, stride) = if three { (3, 1) } else { (4, 2) };
         let channels = (16 * channels.0, 16 * channels.1);
-        if let Some(g) = geometry(size, channels, (kernel, kernel), (stride, padding, 1)) {
+        if let Some(g) = geometry(size, channels, (kernel, kernel), (stride, padding, 1), Precision::F32) {
             check_geometry(&g, relu, finish);
         }
     }
@@ -223,19 +254,28 @@ fn the_layers_of_the_standard_model_equal_the_definition() {
         ((2, 8, 8), (32, 128), 1, (1, 0, 1)),
         ((3, 7, 5), (256, 33), 3, (1, 1, 1)),
     ] {
-        let g = geometry(size, channels, (kernel, kernel), steps).unwrap();
-        check_geometry(&g, true, true);
+        for precision in [Precision::F32, Precision::Bf16] {
+            let g = geometry(size, channels, (kernel, kernel), steps, precision).unwrap();
+            check_geometry(&g, true, true);
+        }
     }
 }
 
 #[test]
 fn a_convolution_with_as_many_channels_as_rows_and_columns() {
-    check_geometry(&geometry((1, 4, 4), (4, 4), (3, 3), (1, 1, 1)).unwrap(), false, false);
+    let f32 = Precision::F32;
+    check_geometry(&geometry((1, 4, 4), (4, 4), (3, 3), (1, 1, 1), f32).unwrap(), false, false);
 }
 
 #[test]
 fn results_do_not_depend_on_the_number_of_threads() {
-    let g = geometry((9, 16, 16), (48, 64), (4, 4), (2, 1, 1)).unwrap();
+    for precision in [Precision::F32, Precision::Bf16] {
+        check_thread_counts(precision);
+    }
+}
+
+fn check_thread_counts(precision: Precision) {
+    let g = geometry((9, 16, 16), (48, 64), (4, 4), (2, 1, 1), precision).unwrap();
     let (large, small) = (noise(g.large.len(), 1), noise(g.small.len(), 2));
     let weight = noise(g.weight_len(), 3);
     let codebook = noise(700 * 64, 4);
@@ -305,4 +345,23 @@ fn statistics_count_and_add() {
     let (counts, sums) = statistics(&z, &[2, 0, 2], 2, 4);
     assert_eq!(counts, [1., 0., 2., 0.]);
     assert_eq!(sums, [10., 20., 0., 0., 101., 202., 0., 0.]);
+}
+
+#[test]
+fn rounding_to_bfloat16_keeps_what_is_no_number() {
+    use bf16::kernels::round;
+    let back = |value: f32| f32::from_bits(u32::from(round(value)) << 16);
+    for value in [0., -0., 1., -2.5, f32::INFINITY, f32::NEG_INFINITY] {
+        assert_eq!(back(value).to_bits(), value.to_bits());
+    }
+    for bits in [0x7F80_0001, 0x7FFF_FFFF, 0xFF80_0001, 0xFFFF_FFFF] {
+        assert!(back(f32::from_bits(bits)).is_nan(), "{bits:#x}");
+    }
+    for value in noise(1000, 5) {
+        assert_eq!(f64::from(back(value)), factor(f64::from(value), Precision::Bf16));
+    }
+    // Half way between two: to the even one, up as well as down.
+    assert_eq!(back(1. + 1. / 256.), 1.);
+    assert_eq!(back(1. + 3. / 256.), 1. + 4. / 256.);
+    assert_eq!(back(f32::MAX), f32::INFINITY);
 }

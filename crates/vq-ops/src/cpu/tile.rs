@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 
+use super::pack::CopyFn;
 use super::vector::{Portable, Vector};
 use super::winograd_transform::{self as winograd, Filter, Transforms};
 
@@ -58,7 +59,7 @@ pub(crate) struct Kernels {
     gathered: [&'static [TileFn]; 2],
     transposed: [&'static [TileFn]; 2],
     /// `to[i] = max(from[i], 0)` (or a copy) for `count` elements.
-    pub copy: [CopyFn; 2],
+    pub copy: [CopyFn<f32>; 2],
     /// The transforms of [`super::winograd`], for kernels of 2 and of 3 taps a side.
     pub winograd: [Transforms; 2],
     /// Name of the instruction set.
@@ -66,7 +67,6 @@ pub(crate) struct Kernels {
 }
 
 type TileFn = unsafe fn(&Tile);
-type CopyFn = unsafe fn(*const f32, *mut f32, usize);
 
 impl Kernels {
     /// Runs one tile of `rows` rows.

@@ -15,6 +15,10 @@ pub(crate) trait Vector: Copy {
     unsafe fn load(from: *const f32) -> Self;
     /// The first `count` (at most `LANES`) elements from `from`, zeros behind them.
     unsafe fn load_partial(from: *const f32, count: usize) -> Self;
+    /// The lower halves of `LANES` words, as bfloat16.
+    unsafe fn load_low_halves(from: *const u32) -> Self;
+    /// The upper halves of `LANES` words, as bfloat16.
+    unsafe fn load_high_halves(from: *const u32) -> Self;
     /// `LANES` elements to `to`.
     unsafe fn store(self, to: *mut f32);
     /// The first `count` (at most `LANES`) lanes to `to`.
@@ -54,6 +58,19 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_partial(from: *const f32, count: usize) -> Self {
             unsafe { _mm512_maskz_loadu_ps(mask16(count), from) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_low_halves(from: *const u32) -> Self {
+            unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_loadu_si512(from.cast()))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_high_halves(from: *const u32) -> Self {
+            unsafe {
+                let mask = _mm512_set1_epi32(-0x1_0000);
+                _mm512_castsi512_ps(_mm512_and_si512(mask, _mm512_loadu_si512(from.cast())))
+            }
         }
 
         #[inline(always)]
@@ -111,6 +128,19 @@ mod x86 {
         #[inline(always)]
         unsafe fn load_partial(from: *const f32, count: usize) -> Self {
             unsafe { _mm256_maskload_ps(from, mask8(count)) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_low_halves(from: *const u32) -> Self {
+            unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_loadu_si256(from.cast()))) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_high_halves(from: *const u32) -> Self {
+            unsafe {
+                let mask = _mm256_set1_epi32(-0x1_0000);
+                _mm256_castsi256_ps(_mm256_and_si256(mask, _mm256_loadu_si256(from.cast())))
+            }
         }
 
         #[inline(always)]
@@ -176,6 +206,18 @@ impl Vector for Portable {
             *lane = unsafe { *from.add(i) };
         }
         Self(lanes)
+    }
+
+    #[inline(always)]
+    unsafe fn load_low_halves(from: *const u32) -> Self {
+        let words = unsafe { from.cast::<[u32; 8]>().read_unaligned() };
+        Self(words.map(|word| f32::from_bits(word << 16)))
+    }
+
+    #[inline(always)]
+    unsafe fn load_high_halves(from: *const u32) -> Self {
+        let words = unsafe { from.cast::<[u32; 8]>().read_unaligned() };
+        Self(words.map(|word| f32::from_bits(word & 0xFFFF_0000)))
     }
 
     #[inline(always)]

@@ -2,12 +2,13 @@
 
 use rayon::prelude::*;
 
-use super::SharedMut;
 use super::buffers::Buffers;
 use super::conv::{Geometry, with_scratch};
 use super::pack::{Axes, DepthAxis};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
 use super::winograd::{self, Plan};
+use super::{SharedMut, bf16};
+use crate::Precision;
 
 /// Pixels that a task multiplies at a time.
 const CHUNK: usize = 192;
@@ -26,8 +27,14 @@ pub(crate) fn weight_gradient(
     buffers: &Buffers,
     gradient: &mut [f32],
 ) {
-    let kernels = kernels();
     let patches = geometry.patches(large.1);
+    if geometry.precision == Precision::Bf16 {
+        bf16::weight_gradient::weight_gradient(
+            geometry, &patches, large.0, small, buffers, gradient,
+        );
+        return;
+    }
+    let kernels = kernels();
     if let Some(plan) = Plan::new(&patches, geometry.small.channels, kernels.lanes) {
         let axes = Axes::new(geometry.weight_shape(), DepthAxis::Inner);
         winograd::weight_gradient(
@@ -60,7 +67,7 @@ pub(crate) fn weight_gradient(
                 cut_panels(kernels, small, start..end, columns, panels);
                 for stripe in stripes.clone() {
                     let (first, last) = (bounds(stripe), bounds(stripe + 1));
-                    patches.gather(kernels, large.0, start..end, first..last, gathered, ROW);
+                    patches.gather(&kernels.copy, large.0, start..end, first..last, gathered, ROW);
                     let job = Job {
                         kernels,
                         pixels: end - start,

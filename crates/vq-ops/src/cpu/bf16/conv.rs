@@ -1,0 +1,172 @@
+//! A patch convolution in bfloat16.
+
+use rayon::prelude::*;
+
+use super::kernels::{Kernels, PANEL, Product, STEP, Store, kernels, round};
+use super::{LINE, with_words, words};
+use crate::cpu::SharedMut;
+use crate::cpu::buffers::Buffers;
+use crate::cpu::conv::{Finish, Target};
+use crate::cpu::pack::{Axes, Patches, Place, Tap};
+
+/// Patches that a task gathers and multiplies at a time.
+const BLOCK: usize = 64;
+
+/// The product of patches and a weight, finished and stored; see [`crate::cpu::conv`].
+#[allow(clippy::too_many_arguments)]
+pub(crate) fn multiply(
+    patches: &Patches,
+    x: &[f32],
+    weight: &[f32],
+    axes: Axes,
+    finish: Finish<'_>,
+    target: Target,
+    buffers: &Buffers,
+    out: &mut [f32],
+) {
+    let length = panels_len(patches.depth(), axes.columns);
+    let mut memory = buffers.take(length + LINE);
+    let panels = words(&mut memory, length);
+    weight_panels(weight, axes, &patches.taps, panels);
+    let job = PatchProduct { patches, x, panels, finish, target };
+    let (rows, out) = (patches.rows(), SharedMut::new(out));
+    (0..rows.div_ceil(BLOCK)).into_par_iter().for_each(|block| {
+        let first = block * BLOCK;
+        job.rows(first..(first + BLOCK).min(rows), out);
+    });
+}
+
+/// Patches times a weight that was cut into panels.
+pub(crate) struct PatchProduct<'a> {
+    pub patches: &'a Patches,
+    pub x: &'a [f32],
+    /// By [`weight_panels`].
+    pub panels: &'a [u32],
+    pub finish: Finish<'a>,
+    pub target: Target,
+}
+
+impl PatchProduct<'_> {
+    /// All columns of some rows. No two tasks may take the same row.
+    pub(crate) fn rows(&self, rows: std::ops::Range<usize>, out: SharedMut) {
+        for first in rows.clone().step_by(BLOCK) {
+            self.block(first..(first + BLOCK).min(rows.end), out);
+        }
+    }
+
+    fn block(&self, rows: std::ops::Range<usize>, out: SharedMut) {
+        let kernels = kernels();
+        let (depth, columns) = (self.patches.depth(), self.target.channels());
+        let pairs = padded_pairs(depth);
+        let a_step = pairs + LINE * usize::from((pairs / LINE).is_multiple_of(2));
+        let mut offsets = [0usize; BLOCK];
+        let mut place = Place::at(rows.start, self.patches.grid);
+        for offset in offsets.iter_mut().take(rows.len()) {
+            *offset = self.target.offset(place);
+            place.next(self.patches.grid);
+        }
+        let tile = kernels.rows * PANEL;
+        with_words((BLOCK + kernels.rows) * a_step + tile, |scratch| {
+            let (sums, gathered) = scratch.split_at_mut(tile);
+            gather(kernels, self.patches, self.x, rows.clone(), gathered, a_step);
+            let sums = sums.as_mut_ptr().cast::<f32>();
+            // SAFETY: the kernels fit this CPU. `gathered` holds the rows of the block, and as many
+            // more as a product may read; the panels are `pairs` deep; the block's rows of `out` are
+            // written by this task alone.
+            #[allow(unsafe_code)]
+            unsafe {
+                (kernels.enter)();
+                for first in (0..columns).step_by(PANEL) {
+                    let b = self.panels[first * pairs..].as_ptr();
+                    for row in (0..rows.len()).step_by(kernels.rows) {
+                        let count = kernels.rows.min(rows.len() - row);
+                        (kernels.product)(&Product {
+                            rows: count,
+                            pairs,
+                            a: gathered[row * a_step..].as_ptr(),
+                            a_step,
+                            b,
+                            c: sums,
+                            c_step: PANEL,
+                            accumulate: false,
+                        });
+                        let from = |values: Option<&[f32]>| {
+                            values.map_or(std::ptr::null(), |values| values[first..].as_ptr())
+                        };
+                        (kernels.store)(&Store {
+                            from: sums,
+                            to: out.get().wrapping_add(first),
+                            rows: offsets[row..].as_ptr(),
+                            count,
+                            columns: PANEL.min(columns - first),
+                            bias: from(self.finish.bias),
+                            mask: from(self.finish.mask),
+                            residual: from(self.finish.residual),
+                        });
+                    }
+                }
+                (kernels.leave)();
+            }
+        });
+    }
+}
+
+/// Rounds patches to rows of pairs, `step` words apart, filled up with zeros to whole steps.
+fn gather(
+    kernels: &Kernels,
+    patches: &Patches,
+    x: &[f32],
+    rows: std::ops::Range<usize>,
+    to: &mut [u32],
+    step: usize,
+) {
+    let depth = patches.depth();
+    let to = halves(to);
+    for row in to.chunks_mut(2 * step).take(rows.len()) {
+        row[depth..2 * padded_pairs(depth)].fill(0);
+    }
+    patches.gather(&kernels.narrow, x, rows, 0..depth, to, 2 * step);
+}
+
+/// Words as twice as many halves, the lower one first.
+pub(super) fn halves(words: &mut [u32]) -> &mut [u16] {
+    const { assert!(cfg!(target_endian = "little"), "the lower half must come first in memory") };
+    // SAFETY: the same memory, less strictly aligned; every bit pattern is a value of both types.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), 2 * words.len())
+    }
+}
+
+/// Pairs that a depth takes, filled up.
+pub(super) fn padded_pairs(depth: usize) -> usize {
+    depth.div_ceil(2).next_multiple_of(STEP)
+}
+
+/// Words that [`weight_panels`] fills.
+pub(crate) fn panels_len(depth: usize, columns: usize) -> usize {
+    columns.div_ceil(PANEL) * padded_pairs(depth) * PANEL
+}
+
+/// A weight as pairs `[panels][pairs][PANEL]`: the depth is taps × channels, as in a patch; what is
+/// beyond depth and columns is zero.
+pub(crate) fn weight_panels(weight: &[f32], axes: Axes, taps: &[Tap], to: &mut [u32]) {
+    let Axes { channels, columns, channel_step, column_step } = axes;
+    let pairs = padded_pairs(taps.len() * channels);
+    to.par_chunks_mut((pairs * PANEL).max(1)).enumerate().for_each(|(index, to)| {
+        let first = index * PANEL;
+        let width = PANEL.min(columns - first);
+        let to = halves(to);
+        to.fill(0);
+        for (t, tap) in taps.iter().enumerate() {
+            for channel in 0..channels {
+                let from = tap.index + channel * channel_step + first * column_step;
+                let depth = t * channels + channel;
+                let row = &mut to[depth / 2 * 2 * PANEL..][..2 * width];
+                for (j, value) in row.iter_mut().skip(depth % 2).step_by(2).enumerate() {
+                    *value = round(weight[from + j * column_step]);
+                }
+            }
+        }
+    });
+}

@@ -1,0 +1,342 @@
+//! The innermost loops for bfloat16, for each instruction set.
+
+use std::sync::OnceLock;
+
+use crate::cpu::vector::{Portable, Vector};
+
+/// Columns in a panel of the second operand.
+pub(crate) const PANEL: usize = 32;
+/// Depths are filled up to a multiple of that many pairs.
+pub(crate) const STEP: usize = 16;
+
+/// One product: `c[i·c_step + j] (+)= Σ_p a(i, p) · b[p][j]`, each term the sum over a pair.
+pub(crate) struct Product {
+    /// At most [`Kernels::rows`].
+    pub rows: usize,
+    /// Pairs to sum over, a multiple of [`STEP`].
+    pub pairs: usize,
+    /// Row i begins at `a + i·a_step`. Readable up to [`Kernels::rows`] rows, whatever they hold.
+    pub a: *const u32,
+    /// See `a`.
+    pub a_step: usize,
+    /// `[pairs][PANEL]`.
+    pub b: *const u32,
+    /// [`PANEL`] columns, writable up to [`Kernels::rows`] rows; what the rows from `rows` on hold
+    /// afterwards does not matter.
+    pub c: *mut f32,
+    /// See `c`.
+    pub c_step: usize,
+    /// Whether the sums are added to what is in `c`.
+    pub accumulate: bool,
+}
+
+/// Where a product's rows go, and what is done to them on the way: bias, then mask, then residual.
+pub(crate) struct Store {
+    /// `[rows][PANEL]`.
+    pub from: *const f32,
+    /// Result.
+    pub to: *mut f32,
+    /// Where each row begins in `to`, `mask` and `residual`.
+    pub rows: *const usize,
+    /// Number of rows.
+    pub count: usize,
+    /// How many columns are stored.
+    pub columns: usize,
+    /// Added to every row, where not null.
+    pub bias: *const f32,
+    /// Where it is not above zero the sum becomes zero. May be null.
+    pub mask: *const f32,
+    /// Added last. May be null.
+    pub residual: *const f32,
+}
+
+/// The loops for one instruction set.
+pub(crate) struct Kernels {
+    /// The most rows in a product.
+    pub rows: usize,
+    /// Prepares this thread for products; call `leave` after the last one.
+    pub enter: unsafe fn(),
+    /// See `enter`.
+    pub leave: unsafe fn(),
+    /// See [`Product`].
+    pub product: unsafe fn(&Product),
+    /// See [`Store`].
+    pub store: unsafe fn(&Store),
+    /// Rounds `count` elements to bfloat16, after a ReLU in the second one.
+    pub narrow: [unsafe fn(*const f32, *mut u16, usize); 2],
+    /// `to[i] = low[i] | high[i] << 16` for `count` elements.
+    pub pair: unsafe fn(*const u16, *const u16, *mut u32, usize),
+    /// Whether the CPU has instructions for it.
+    pub native: bool,
+    /// Name of the instruction set, as in `VQ_CPU`.
+    pub name: &'static str,
+}
+
+/// The best kernels for this CPU. `VQ_CPU=avx512bf16`, `avx512`, `avx2` or `portable` asks for less,
+/// for comparisons.
+pub(crate) fn kernels() -> &'static Kernels {
+    static CHOICE: OnceLock<&'static Kernels> = OnceLock::new();
+    #[cfg(test)]
+    if let Some(forced) = FORCED.get() {
+        return forced;
+    }
+    CHOICE.get_or_init(|| {
+        let wanted = std::env::var("VQ_CPU").unwrap_or_default();
+        available().into_iter().find(|k| wanted.is_empty() || k.name == wanted).unwrap_or(&PORTABLE)
+    })
+}
+
+#[cfg(test)]
+thread_local! {
+    /// What `kernels()` answers on this thread, so that tests reach every instruction set.
+    pub(crate) static FORCED: std::cell::Cell<Option<&'static Kernels>> =
+        const { std::cell::Cell::new(None) };
+}
+
+/// All kernels that this CPU can run, best first.
+pub(crate) fn available() -> Vec<&'static Kernels> {
+    let mut all: Vec<&'static Kernels> = Vec::new();
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+            if super::amx::is_available() {
+                all.push(&AMX);
+            }
+            if is_x86_feature_detected!("avx512bf16") {
+                all.push(&AVX512_BF16);
+            }
+            all.push(&AVX512);
+        }
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            all.push(&AVX2);
+        }
+    }
+    all.push(&PORTABLE);
+    all
+}
+
+/// An element rounded to bfloat16, ties to even. NaN stays NaN.
+#[inline(always)]
+pub(crate) fn round(value: f32) -> u16 {
+    let bits = value.to_bits();
+    let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1));
+    // A NaN keeps its sign and is made quiet; rounding might carry it to infinity or to zero.
+    (if value.is_nan() { bits | 0x0040_0000 } else { rounded } >> 16) as u16
+}
+
+/// # Safety
+/// `from` and `to` cover `count` elements, and the CPU has the instruction set of the caller.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn narrow<const RELU: bool>(from: *const f32, to: *mut u16, count: usize) {
+    for i in 0..count {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let value = *from.add(i);
+            *to.add(i) = round(if RELU && value <= 0. { 0. } else { value });
+        }
+    }
+}
+
+/// # Safety
+/// As [`narrow`].
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn pair(low: *const u16, high: *const u16, to: *mut u32, count: usize) {
+    for i in 0..count {
+        // SAFETY: the caller's promise.
+        unsafe { *to.add(i) = u32::from(*low.add(i)) | u32::from(*high.add(i)) << 16 }
+    }
+}
+
+/// A product in f32, whose factors are widened as they are read: exact products, sums in f32.
+///
+/// # Safety
+/// The pointers cover what [`Product`] says, and the CPU has `V`'s instruction set.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn emulated<V: Vector, const ROWS: usize>(job: &Product) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for first in (0..PANEL).step_by(V::LANES) {
+            let mut sums = [V::splat(0.); ROWS];
+            for p in 0..job.pairs {
+                let b = job.b.add(p * PANEL + first);
+                let (low, high) = (V::load_low_halves(b), V::load_high_halves(b));
+                for (i, sum) in sums.iter_mut().enumerate() {
+                    let a = *job.a.add(i * job.a_step + p);
+                    *sum = V::splat(f32::from_bits(a << 16)).mul_add(low, *sum);
+                    *sum = V::splat(f32::from_bits(a & 0xFFFF_0000)).mul_add(high, *sum);
+                }
+            }
+            for (i, sum) in sums.into_iter().enumerate() {
+                let c = job.c.add(i * job.c_step + first);
+                let sum = if job.accumulate { sum.add(V::load(c)) } else { sum };
+                sum.store(c);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// The pointers cover what [`Store`] says, and the CPU has `V`'s instruction set.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn store<V: Vector>(job: &Store) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for first in (0..job.columns).step_by(V::LANES) {
+            let count = (job.columns - first).min(V::LANES);
+            let whole = count == V::LANES;
+            let fetch = |from: *const f32| {
+                if whole { V::load(from) } else { V::load_partial(from, count) }
+            };
+            let bias = if job.bias.is_null() { V::splat(0.) } else { fetch(job.bias.add(first)) };
+            for i in 0..job.count {
+                let at = *job.rows.add(i) + first;
+                let mut value = V::load(job.from.add(i * PANEL + first)).add(bias);
+                if !job.mask.is_null() {
+                    value = value.where_positive(fetch(job.mask.add(at)));
+                }
+                if !job.residual.is_null() {
+                    value = value.add(fetch(job.residual.add(at)));
+                }
+                if whole {
+                    value.store(job.to.add(at));
+                } else {
+                    value.store_partial(job.to.add(at), count);
+                }
+            }
+        }
+    }
+}
+
+macro_rules! helpers {
+    ($module:ident, $vector:ty, $($feature:literal)?) => {
+        #[allow(unsafe_code)]
+        mod $module {
+            use super::*;
+
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn emulated<const ROWS: usize>(job: &Product) {
+                // SAFETY: the caller's promise; the instruction set is enabled above.
+                unsafe { super::emulated::<$vector, ROWS>(job) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn store(job: &Store) {
+                // SAFETY: as above.
+                unsafe { super::store::<$vector>(job) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn narrow<const RELU: bool>(from: *const f32, to: *mut u16, count: usize) {
+                // SAFETY: as above.
+                unsafe { super::narrow::<RELU>(from, to, count) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn pair(low: *const u16, high: *const u16, to: *mut u32, count: usize) {
+                // SAFETY: as above.
+                unsafe { super::pair(low, high, to, count) }
+            }
+        }
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+helpers!(avx512, std::arch::x86_64::__m512, "avx512f,avx512bw");
+#[cfg(target_arch = "x86_64")]
+helpers!(avx2, std::arch::x86_64::__m256, "avx2,fma");
+helpers!(portable, Portable,);
+
+macro_rules! emulated_kernels {
+    ($table:ident, $module:ident, $name:literal, $rows:literal) => {
+        static $table: Kernels = Kernels {
+            rows: $rows,
+            enter: nothing,
+            leave: nothing,
+            product: $module::emulated::<$rows>,
+            store: $module::store,
+            narrow: [$module::narrow::<false>, $module::narrow::<true>],
+            pair: $module::pair,
+            native: false,
+            name: $name,
+        };
+    };
+}
+
+#[cfg(target_arch = "x86_64")]
+static AMX: Kernels = Kernels {
+    rows: 32,
+    enter: super::amx::enter,
+    leave: super::amx::leave,
+    product: super::amx::product,
+    native: true,
+    name: "amx",
+    ..AVX512
+};
+
+#[cfg(target_arch = "x86_64")]
+static AVX512_BF16: Kernels =
+    Kernels { rows: 14, product: dot::product, native: true, name: "avx512bf16", ..AVX512 };
+
+#[cfg(target_arch = "x86_64")]
+emulated_kernels!(AVX512, avx512, "avx512", 14);
+#[cfg(target_arch = "x86_64")]
+emulated_kernels!(AVX2, avx2, "avx2", 6);
+emulated_kernels!(PORTABLE, portable, "portable", 4);
+
+#[allow(unsafe_code)]
+unsafe fn nothing() {}
+
+/// Products by `vdpbf16ps`.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod dot {
+    #[allow(clippy::wildcard_imports)]
+    use std::arch::x86_64::*;
+
+    use super::{PANEL, Product};
+
+    const ROWS: usize = 14;
+
+    /// # Safety
+    /// The pointers cover what [`Product`] says, and the CPU has the instructions.
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    pub(super) unsafe fn product(job: &Product) {
+        // SAFETY: the caller's promise. A register of words and one of pairs are the same bits.
+        unsafe {
+            let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];
+            let (mut a, mut b) = (job.a, job.b);
+            for _ in 0..job.pairs {
+                let columns = [
+                    pairs(_mm512_loadu_si512(b.cast())),
+                    pairs(_mm512_loadu_si512(b.add(16).cast())),
+                ];
+                for (i, row) in sums.iter_mut().enumerate() {
+                    let factor =
+                        pairs(_mm512_set1_epi32(a.add(i * job.a_step).read().cast_signed()));
+                    row[0] = _mm512_dpbf16_ps(row[0], factor, columns[0]);
+                    row[1] = _mm512_dpbf16_ps(row[1], factor, columns[1]);
+                }
+                a = a.add(1);
+                b = b.add(PANEL);
+            }
+            for (i, row) in sums.into_iter().enumerate() {
+                for (j, sum) in row.into_iter().enumerate() {
+                    let c = job.c.add(i * job.c_step + 16 * j);
+                    let sum =
+                        if job.accumulate { _mm512_add_ps(sum, _mm512_loadu_ps(c)) } else { sum };
+                    _mm512_storeu_ps(c, sum);
+                }
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx512f")]
+    fn pairs(words: __m512i) -> __m512bh {
+        // SAFETY: both types are 512 bits without invalid values.
+        unsafe { std::mem::transmute(words) }
+    }
+}

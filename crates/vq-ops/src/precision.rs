@@ -1,0 +1,25 @@
+//! In which numbers products are taken.
+
+/// The format of a convolution's factors. Sums, biases, what lies between the layers, parameters and
+/// their gradients are f32 in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Precision {
+    /// Both factors in f32.
+    #[default]
+    F32,
+    /// Both factors rounded to bfloat16 (8 bits of mantissa, ties to even), products exact, sums in
+    /// f32, forward and backward. On x86-64 by AMX or AVX512-BF16 where the CPU has them; emulated
+    /// elsewhere, with the same results but for rounding, and slower than f32. Numbers below f32's
+    /// normal range (10⁻³⁸) may count as zero.
+    Bf16,
+}
+
+impl Precision {
+    /// Whether this CPU multiplies in that format by instructions of its own.
+    pub fn is_native(self) -> bool {
+        match self {
+            Self::F32 => true,
+            Self::Bf16 => crate::cpu::bf16::is_native(),
+        }
+    }
+}
