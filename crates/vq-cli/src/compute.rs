@@ -1,11 +1,14 @@
 //! Where to compute.
 
 use std::num::NonZeroUsize;
+use std::path::Path;
 use std::str::FromStr;
 
 use candle_core::Device;
 use candle_core::utils::{cuda_is_available, metal_is_available};
 use clap::Args;
+use vq_model::{Precision, VqVae};
+use vq_train::load_model;
 
 use crate::error::{Error, Result};
 
@@ -19,6 +22,11 @@ pub(crate) struct ComputeArgs {
     /// CPU threads; without it, one per core. Does not change the results.
     #[arg(long, value_name = "N")]
     threads: Option<NonZeroUsize>,
+
+    /// f32 or bf16: the format of the convolutions' factors; sums and parameters are f32 in any case
+    /// [default: f32, or in training the recipe's].
+    #[arg(long, value_name = "FORMAT")]
+    pub(crate) precision: Option<Precision>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,12 +66,26 @@ impl ComputeArgs {
             .use_current_thread()
             .build_global()
             .map_err(|error| Error::other(format!("cannot start the threads: {error}")))?;
+        if self.precision.is_some_and(|precision| !precision.is_native()) {
+            tracing::warn!(
+                "this CPU has no instructions for bf16 (AMX or AVX512-BF16): it is emulated, slower than f32"
+            );
+        }
         match self.device {
             DeviceChoice::Cpu => Ok(Device::Cpu),
             DeviceChoice::Cuda(number) => cuda(number),
             DeviceChoice::Metal => metal(),
             DeviceChoice::Auto => Ok(automatic()),
         }
+    }
+}
+
+impl ComputeArgs {
+    /// Loads a model to be used on `device` the way that is asked for.
+    pub(crate) fn load(&self, path: &Path, device: &Device) -> Result<VqVae> {
+        let mut model = load_model(path, device)?;
+        model.set_precision(self.precision.unwrap_or_default());
+        Ok(model)
     }
 }
 

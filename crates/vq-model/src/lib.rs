@@ -45,3 +45,4 @@ pub use quantizer::{
     straight_through,
 };
 pub use store::{CONFIG_FILE, MODEL_FILE};
+pub use vq_ops::Precision;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{D, DType, Device, Tensor, Var};
-use vq_ops::{channels_first, channels_last};
+use vq_ops::{Precision, channels_first, channels_last};
 
 use crate::level::Level;
 use crate::part::Builder;
@@ -72,6 +72,17 @@ impl VqVae {
     /// Where the model computes.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// In which numbers convolutions multiply from now on: f32 at first. Parameters, gradients and what
+    /// the quantizers compute stay f32. Not part of a saved model.
+    pub fn set_precision(&mut self, precision: Precision) {
+        for level in &mut self.levels {
+            let parts = [&mut level.encoder, &mut level.decoder];
+            for part in parts.into_iter().chain(&mut level.projection) {
+                part.set_precision(precision);
+            }
+        }
     }
 
     /// What the optimizer trains, by name; the codebook is among it with the rule `gradient`.

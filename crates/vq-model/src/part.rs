@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{Device, Tensor, Var};
-use vq_ops::{Layer, Stack};
+use vq_ops::{Layer, Precision, Stack};
 
 use crate::random::Stream;
 use crate::{Error, Result};
@@ -29,6 +29,10 @@ impl Part {
         }
         let stack = Stack::new(layers.into_iter().map(|(_, layer)| layer).collect())?;
         Ok(Self { stack, params })
+    }
+
+    pub(crate) fn set_precision(&mut self, precision: Precision) {
+        self.stack.set_precision(precision);
     }
 
     /// `[B,h,w,C]` to `[B,h',w',C']`. Differentiable where `tracked`; otherwise no graph is recorded

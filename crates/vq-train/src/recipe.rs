@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 use vq_data::{OnBroken, OpenOptions, Source, Splits};
-use vq_model::{CodebookRule, Config};
+use vq_model::{CodebookRule, Config, Precision};
 
 use crate::{Error, Result, Schedule};
 
@@ -91,6 +91,9 @@ pub struct TrainConfig {
     pub samples: usize,
     /// Steps between lines of the metrics file.
     pub log_every: u64,
+    /// The format of the convolutions' factors; parameters and everything else stay f32.
+    pub precision: Precision,
+
     /// Steps between checkpoints within an epoch; 0 = only at the end of each epoch.
     pub checkpoint_every_steps: u64,
     /// Checkpoints that are kept, besides the best one.
@@ -170,6 +173,7 @@ impl Default for TrainConfig {
             log_every: 10,
             checkpoint_every_steps: 0,
             keep_checkpoints: 2,
+            precision: Precision::F32,
             prefetch: 4,
         }
     }

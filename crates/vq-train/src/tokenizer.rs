@@ -43,7 +43,8 @@ impl Tokenizer {
             config.class_names = splits.train.class_names().to_vec();
         }
         check_shape(&config, splits)?;
-        let model = VqVae::new(&config, recipe.train.seed, device)?;
+        let mut model = VqVae::new(&config, recipe.train.seed, device)?;
+        model.set_precision(recipe.train.precision);
         let options = LoaderOptions {
             batch_size: recipe.train.batch_size,
             shuffle: true,

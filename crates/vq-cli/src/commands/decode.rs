@@ -4,7 +4,6 @@ use std::path::{Path, PathBuf};
 
 use clap::Args;
 use serde_json::json;
-use vq_train::load_model;
 use vq_viz::{save_png, tensor_to_image};
 
 use crate::cli::LogFormat;
@@ -34,7 +33,7 @@ pub(crate) struct DecodeArgs {
 pub(crate) fn run(args: &DecodeArgs, format: LogFormat) -> Result<()> {
     let device = args.compute.start()?;
     let CodesFile { codes, images } = CodesFile::read(&args.codes)?;
-    let model = load_model(&args.model, &device)?;
+    let model = args.compute.load(&args.model, &device)?;
     codes.validate(model.config()).map_err(|error| {
         Error::other(format!("{}: {error}; was it made with another model?", args.codes.display()))
     })?;

@@ -6,7 +6,6 @@ use clap::Args;
 use serde_json::json;
 use vq_data::{Loader, LoaderOptions, Normalization};
 use vq_model::Codes;
-use vq_train::load_model;
 
 use crate::cli::LogFormat;
 use crate::codes_file::{CodesFile, Format};
@@ -39,7 +38,7 @@ const BATCH: usize = 64;
 pub(crate) fn run(args: &EncodeArgs, format: LogFormat) -> Result<()> {
     Format::of(&args.out)?;
     let device = args.compute.start()?;
-    let model = load_model(&args.model, &device)?;
+    let model = args.compute.load(&args.model, &device)?;
     let pictures = args.images.load(model.config(), format)?;
     let dataset = images::dataset(&pictures)?;
 

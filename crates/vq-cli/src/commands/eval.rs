@@ -7,7 +7,6 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use serde_json::{Map, Value, json};
 use vq_data::pixel_variance;
-use vq_model::VqVae;
 use vq_train::{
     DataConfig, EvaluateOptions, Evaluation, RECIPE_FILE, Recipe, evaluate, resolve_model,
 };
@@ -60,7 +59,7 @@ const SAMPLES: usize = 64;
 pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
     let device = args.compute.start()?;
     let folder = resolve_model(&args.model)?;
-    let model = VqVae::from_pretrained(&folder, &device)?;
+    let model = args.compute.load(&folder, &device)?;
     let mut data = trained_on(&folder)?.unwrap_or_default();
     args.data.apply(&mut data);
     let splits = data.open(model.config().image_size)?;

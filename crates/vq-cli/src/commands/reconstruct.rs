@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use serde_json::json;
-use vq_train::{EvaluateOptions, evaluate, load_model};
+use vq_train::{EvaluateOptions, evaluate};
 use vq_viz::{save_png, side_by_side, tensor_to_image};
 
 use crate::cli::LogFormat;
@@ -36,7 +36,7 @@ const GAP: u32 = 2;
 
 pub(crate) fn run(args: &ReconstructArgs, format: LogFormat) -> Result<()> {
     let device = args.compute.start()?;
-    let model = load_model(&args.model, &device)?;
+    let model = args.compute.load(&args.model, &device)?;
     let pictures = args.images.load(model.config(), format)?;
     let outputs =
         images::outputs(&args.out, pictures.iter().map(|picture| picture.path.as_path()), "recon");

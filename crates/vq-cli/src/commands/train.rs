@@ -166,6 +166,7 @@ impl TrainArgs {
         train.batch_size = self.batch_size.unwrap_or(train.batch_size);
         train.lr = self.lr.unwrap_or(train.lr);
         train.seed = self.seed.unwrap_or(train.seed);
+        train.precision = self.compute.precision.unwrap_or(train.precision);
         self.data.apply(&mut recipe.data);
         Ok(recipe)
     }
@@ -198,10 +199,11 @@ fn describe(
         model.config().bits_per_image()
     ))?;
     output::line(format!(
-        "train   {} epochs, batches of {}, seed {}; on the {}",
+        "train   {} epochs, batches of {}, seed {}; {} on the {}",
         recipe.train.epochs,
         recipe.train.batch_size,
         recipe.train.seed,
+        recipe.train.precision,
         compute::name(device)
     ))
 }

@@ -101,7 +101,8 @@ pub(crate) fn large_to_small(
 ) {
     let patches = geometry.patches(relu);
     let target = Target { images: geometry.small, scale: 1, phase: (0, 0) };
-    multiply(geometry, &patches, large, weight, DepthAxis::Inner, finish, target, buffers, small);
+    let large = Source::new(geometry, large, relu, buffers);
+    multiply(geometry, &patches, &large, weight, DepthAxis::Inner, finish, target, buffers, small);
 }
 
 /// `small` `[B, h, w, outer]` → `large` `[B, H, W, inner]`: a transposed convolution forward, and a
@@ -116,8 +117,9 @@ pub(crate) fn small_to_large(
     large: &mut [f32],
 ) {
     if geometry.large.channels <= FEW_CHANNELS {
-        return scatter(geometry, small, relu, weight, finish, large);
+        return scatter(geometry, small, relu, weight, finish, buffers, large);
     }
+    let small = Source::new(geometry, small, relu, buffers);
     for phase_y in 0..geometry.stride.min(geometry.large.height) {
         for phase_x in 0..geometry.stride.min(geometry.large.width) {
             let phase = (phase_y, phase_x);
@@ -126,7 +128,7 @@ pub(crate) fn small_to_large(
             multiply(
                 geometry,
                 &patches,
-                small,
+                &small,
                 weight,
                 DepthAxis::Outer,
                 finish,
@@ -134,6 +136,23 @@ pub(crate) fn small_to_large(
                 buffers,
                 large,
             );
+        }
+    }
+}
+
+/// What patches are cut from.
+enum Source<'a> {
+    /// As it is; ReLU comes with the cutting.
+    F32(&'a [f32]),
+    /// Rounded, after the ReLU.
+    Bf16(bf16::Narrow),
+}
+
+impl<'a> Source<'a> {
+    fn new(geometry: &Geometry, x: &'a [f32], relu: bool, buffers: &Buffers) -> Self {
+        match geometry.precision {
+            Precision::F32 => Self::F32(x),
+            Precision::Bf16 => Self::Bf16(bf16::Narrow::new(x, relu, buffers)),
         }
     }
 }
@@ -187,7 +206,7 @@ pub(super) fn with_scratch<R>(length: usize, work: impl FnOnce(&mut [f32]) -> R)
 fn multiply(
     geometry: &Geometry,
     patches: &Patches,
-    x: &[f32],
+    x: &Source<'_>,
     weight: &[f32],
     axis: DepthAxis,
     finish: Finish<'_>,
@@ -196,10 +215,13 @@ fn multiply(
     out: &mut [f32],
 ) {
     let axes = Axes::new(geometry.weight_shape(), axis);
-    if geometry.precision == Precision::Bf16 {
-        bf16::conv::multiply(patches, x, weight, axes, finish, target, buffers, out);
-        return;
-    }
+    let x = match x {
+        Source::F32(x) => *x,
+        Source::Bf16(x) => {
+            bf16::conv::multiply(patches, x, weight, axes, finish, target, buffers, out);
+            return;
+        }
+    };
     let kernels = kernels();
     if let Some(plan) = Plan::new(patches, target.images.channels, kernels.lanes) {
         winograd::multiply(&plan, kernels, patches, x, weight, axes, finish, target, buffers, out);
@@ -293,6 +315,7 @@ fn scatter(
     relu: bool,
     weight: &[f32],
     finish: Finish<'_>,
+    buffers: &Buffers,
     large: &mut [f32],
 ) {
     let kernels = kernels();
@@ -322,19 +345,22 @@ fn scatter(
             bf16::conv::weight_panels(&by_tap, axes, &[tap], &mut pairs);
         }
     }
+    let source = Source::new(geometry, small, relu, buffers);
     // [pixels, columns] of one image.
-    let multiply = |x: &[f32], products: &mut [f32]| {
+    let multiply = |image: usize, products: &mut [f32]| {
         let (rows, out) = (one.pixels(), SharedMut::new(products));
         let (patches, finish) = (&patches, Finish::default());
-        match precision {
-            Precision::F32 => {
+        let elements = image * one.len()..(image + 1) * one.len();
+        match &source {
+            Source::F32(x) => {
+                let x = &x[elements];
                 let product = Product { kernels, patches, x, panels: &panels, finish, target };
                 for first in (0..rows).step_by(BLOCK) {
                     product.block(first..(first + BLOCK).min(rows), out);
                 }
             }
-            Precision::Bf16 => {
-                let panels = &pairs;
+            Source::Bf16(x) => {
+                let (x, panels) = (&x.halves()[elements], &pairs);
                 bf16::conv::PatchProduct { patches, x, panels, finish, target }.rows(0..rows, out);
             }
         }
@@ -343,9 +369,8 @@ fn scatter(
         let at = image * large.len();
         let cut = |values: Option<&'_ [f32]>| values.map(|v| v[at..at + large.len()].to_vec());
         let (mask, residual) = (cut(finish.mask), cut(finish.residual));
-        let x = &small[image * one.len()..(image + 1) * one.len()];
         let mut products = vec![0.; one.pixels() * columns];
-        multiply(x, &mut products);
+        multiply(image, &mut products);
         match finish.bias {
             Some(bias) => large.chunks_mut(to.channels).for_each(|p| p.copy_from_slice(bias)),
             None => large.fill(0.),

@@ -28,7 +28,7 @@ impl Images {
 ///
 /// # Safety
 /// The pointers must cover them, and the CPU must have the function's instruction set.
-pub(crate) type CopyFn<T> = unsafe fn(*const f32, *mut T, usize);
+pub(crate) type CopyFn<S, T> = unsafe fn(*const S, *mut T, usize);
 
 /// One tap of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -96,10 +96,10 @@ impl Patches {
 
     /// Copies elements `depth` of the patches `rows` to `to`, `stride` elements apart, by `copy[0]`,
     /// or by `copy[1]` where ReLU is wanted; these work on slices of equal length.
-    pub(crate) fn gather<T: Copy + Default>(
+    pub(crate) fn gather<S, T: Copy + Default>(
         &self,
-        copy: &[CopyFn<T>; 2],
-        x: &[f32],
+        copy: &[CopyFn<S, T>; 2],
+        x: &[S],
         rows: std::ops::Range<usize>,
         depth: std::ops::Range<usize>,
         to: &mut [T],

@@ -59,7 +59,7 @@ pub(crate) struct Kernels {
     gathered: [&'static [TileFn]; 2],
     transposed: [&'static [TileFn]; 2],
     /// `to[i] = max(from[i], 0)` (or a copy) for `count` elements.
-    pub copy: [CopyFn<f32>; 2],
+    pub copy: [CopyFn<f32, f32>; 2],
     /// The transforms of [`super::winograd`], for kernels of 2 and of 3 taps a side.
     pub winograd: [Transforms; 2],
     /// Name of the instruction set.

@@ -2,8 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::kernels::{Kernels, PANEL, Product, STEP, Store, kernels, round};
-use super::{LINE, with_words, words};
+use super::kernels::{PANEL, Product, STEP, Store, kernels, round};
+use super::{LINE, Narrow, copy, halves, with_words, words};
 use crate::cpu::SharedMut;
 use crate::cpu::buffers::Buffers;
 use crate::cpu::conv::{Finish, Target};
@@ -16,7 +16,7 @@ const BLOCK: usize = 64;
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn multiply(
     patches: &Patches,
-    x: &[f32],
+    x: &Narrow,
     weight: &[f32],
     axes: Axes,
     finish: Finish<'_>,
@@ -28,7 +28,7 @@ pub(crate) fn multiply(
     let mut memory = buffers.take(length + LINE);
     let panels = words(&mut memory, length);
     weight_panels(weight, axes, &patches.taps, panels);
-    let job = PatchProduct { patches, x, panels, finish, target };
+    let job = PatchProduct { patches, x: x.halves(), panels, finish, target };
     let (rows, out) = (patches.rows(), SharedMut::new(out));
     (0..rows.div_ceil(BLOCK)).into_par_iter().for_each(|block| {
         let first = block * BLOCK;
@@ -39,7 +39,8 @@ pub(crate) fn multiply(
 /// Patches times a weight that was cut into panels.
 pub(crate) struct PatchProduct<'a> {
     pub patches: &'a Patches,
-    pub x: &'a [f32],
+    /// After the ReLU that the patches may ask for.
+    pub x: &'a [u16],
     /// By [`weight_panels`].
     pub panels: &'a [u32],
     pub finish: Finish<'a>,
@@ -68,7 +69,7 @@ impl PatchProduct<'_> {
         let tile = kernels.rows * PANEL;
         with_words((BLOCK + kernels.rows) * a_step + tile, |scratch| {
             let (sums, gathered) = scratch.split_at_mut(tile);
-            gather(kernels, self.patches, self.x, rows.clone(), gathered, a_step);
+            gather(self.patches, self.x, rows.clone(), gathered, a_step);
             let sums = sums.as_mut_ptr().cast::<f32>();
             // SAFETY: the kernels fit this CPU. `gathered` holds the rows of the block, and as many
             // more as a product may read; the panels are `pairs` deep; the block's rows of `out` are
@@ -111,31 +112,14 @@ impl PatchProduct<'_> {
     }
 }
 
-/// Rounds patches to rows of pairs, `step` words apart, filled up with zeros to whole steps.
-fn gather(
-    kernels: &Kernels,
-    patches: &Patches,
-    x: &[f32],
-    rows: std::ops::Range<usize>,
-    to: &mut [u32],
-    step: usize,
-) {
+/// Copies patches to rows of pairs, `step` words apart, filled up with zeros to whole steps.
+fn gather(patches: &Patches, x: &[u16], rows: std::ops::Range<usize>, to: &mut [u32], step: usize) {
     let depth = patches.depth();
     let to = halves(to);
     for row in to.chunks_mut(2 * step).take(rows.len()) {
         row[depth..2 * padded_pairs(depth)].fill(0);
     }
-    patches.gather(&kernels.narrow, x, rows, 0..depth, to, 2 * step);
-}
-
-/// Words as twice as many halves, the lower one first.
-pub(super) fn halves(words: &mut [u32]) -> &mut [u16] {
-    const { assert!(cfg!(target_endian = "little"), "the lower half must come first in memory") };
-    // SAFETY: the same memory, less strictly aligned; every bit pattern is a value of both types.
-    #[allow(unsafe_code)]
-    unsafe {
-        std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), 2 * words.len())
-    }
+    patches.gather(&[copy; 2], x, rows, 0..depth, to, 2 * step);
 }
 
 /// Pairs that a depth takes, filled up.

@@ -99,10 +99,10 @@ pub(crate) fn available() -> Vec<&'static Kernels> {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-            if super::amx::is_available() {
-                all.push(&AMX);
-            }
-            if is_x86_feature_detected!("avx512bf16") {
+            if is_x86_feature_detected!("avx512bf16") && is_x86_feature_detected!("avx512vl") {
+                if super::amx::is_available() {
+                    all.push(&AMX);
+                }
                 all.push(&AVX512_BF16);
             }
             all.push(&AVX512);
@@ -274,12 +274,17 @@ static AMX: Kernels = Kernels {
     product: super::amx::product,
     native: true,
     name: "amx",
-    ..AVX512
+    ..AVX512_BF16
 };
 
 #[cfg(target_arch = "x86_64")]
-static AVX512_BF16: Kernels =
-    Kernels { rows: 14, product: dot::product, native: true, name: "avx512bf16", ..AVX512 };
+static AVX512_BF16: Kernels = Kernels {
+    product: dot::product,
+    narrow: [dot::narrow::<false>, dot::narrow::<true>],
+    native: true,
+    name: "avx512bf16",
+    ..AVX512
+};
 
 #[cfg(target_arch = "x86_64")]
 emulated_kernels!(AVX512, avx512, "avx512", 14);
@@ -330,6 +335,25 @@ mod dot {
                         if job.accumulate { _mm512_add_ps(sum, _mm512_loadu_ps(c)) } else { sum };
                     _mm512_storeu_ps(c, sum);
                 }
+            }
+        }
+    }
+
+    /// # Safety
+    /// `from` and `to` cover `count` elements, and the CPU has the instructions.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512bf16")]
+    pub(super) unsafe fn narrow<const RELU: bool>(from: *const f32, to: *mut u16, count: usize) {
+        // SAFETY: the caller's promise; the masks leave out what lies behind `count`.
+        unsafe {
+            for first in (0..count).step_by(16) {
+                let lanes = if count - first >= 16 { !0 } else { (1 << (count - first)) - 1 };
+                let mut value = _mm512_maskz_loadu_ps(lanes, from.add(first));
+                if RELU {
+                    let kept = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(value, _mm512_setzero_ps());
+                    value = _mm512_maskz_mov_ps(kept, value);
+                }
+                let halves: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(value));
+                _mm256_mask_storeu_epi16(to.add(first).cast(), lanes, halves);
             }
         }
     }

@@ -10,6 +10,10 @@ pub(crate) mod conv;
 pub(crate) mod kernels;
 pub(crate) mod weight_gradient;
 
+use rayon::prelude::*;
+
+use super::buffers::{Buffer, Buffers};
+
 /// Whether this CPU has instructions for products of bfloat16.
 pub(crate) fn is_native() -> bool {
     kernels::kernels().native
@@ -23,6 +27,62 @@ fn with_words<R>(length: usize, work: impl FnOnce(&mut [u32]) -> R) -> R {
 
 /// `u32`s in a cache line.
 const LINE: usize = 16;
+
+/// A tensor's elements rounded to bfloat16.
+pub(crate) struct Narrow {
+    /// Two elements in each f32's place.
+    buffer: Buffer,
+    length: usize,
+}
+
+impl Narrow {
+    /// Rounds `values`, after a ReLU where wanted.
+    pub(crate) fn new(values: &[f32], relu: bool, buffers: &Buffers) -> Self {
+        const CHUNK: usize = 1 << 14;
+        let mut buffer = buffers.take(values.len().div_ceil(2) + LINE);
+        let narrow = kernels::kernels().narrow[usize::from(relu)];
+        let to = &mut halves(words(&mut buffer, values.len().div_ceil(2)))[..values.len()];
+        to.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(to, from)| {
+            // SAFETY: both have as many elements; the kernels fit this CPU.
+            #[allow(unsafe_code)]
+            unsafe {
+                narrow(from.as_ptr(), to.as_mut_ptr(), from.len());
+            }
+        });
+        Self { buffer, length: values.len() }
+    }
+
+    /// The elements.
+    pub(crate) fn halves(&self) -> &[u16] {
+        let skip = self.buffer.as_ptr().align_offset(64);
+        let part = &self.buffer[skip..skip + self.length.div_ceil(2)];
+        // SAFETY: the same memory, less strictly aligned; every bit pattern is a value of both types.
+        #[allow(unsafe_code)]
+        unsafe {
+            std::slice::from_raw_parts(part.as_ptr().cast(), self.length)
+        }
+    }
+}
+
+/// Words as twice as many halves, the lower one first.
+fn halves(words: &mut [u32]) -> &mut [u16] {
+    const { assert!(cfg!(target_endian = "little"), "the lower half must come first in memory") };
+    // SAFETY: as in `Narrow::halves`.
+    #[allow(unsafe_code)]
+    unsafe {
+        std::slice::from_raw_parts_mut(words.as_mut_ptr().cast(), 2 * words.len())
+    }
+}
+
+/// Copies `count` halves.
+///
+/// # Safety
+/// `from` and `to` cover them and do not overlap.
+#[allow(unsafe_code)]
+unsafe fn copy(from: *const u16, to: *mut u16, count: usize) {
+    // SAFETY: the caller's promise.
+    unsafe { to.copy_from_nonoverlapping(from, count) }
+}
 
 /// The first `length` elements of a buffer from a cache line's beginning on, as words. The buffer must
 /// be longer by [`LINE`].

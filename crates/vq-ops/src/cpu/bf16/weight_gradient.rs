@@ -2,9 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::conv::halves;
 use super::kernels::{Kernels, PANEL, Product, STEP, kernels};
-use super::{LINE, with_words, words};
+use super::{LINE, Narrow, copy, halves, with_words, words};
 use crate::cpu::SharedMut;
 use crate::cpu::buffers::Buffers;
 use crate::cpu::conv::Geometry;
@@ -41,6 +40,8 @@ pub(crate) fn weight_gradient(
     let stripes = depth.div_ceil(STRIPE).max(1);
     let parts = (TASKS / stripes).clamp(2, 16).min(chunks.max(1));
 
+    let large = Narrow::new(large, patches.relu, buffers);
+    let large = large.halves();
     let mut transposed = buffers.take(chunks * height * CHANNEL_STEP + LINE);
     let transposed = words(&mut transposed, chunks * height * CHANNEL_STEP);
     transposed.par_chunks_mut((height * CHANNEL_STEP).max(1)).enumerate().for_each(
@@ -147,7 +148,7 @@ fn pair_rows(kernels: &Kernels, rows: &[u16], width: usize, to: &mut [u32]) {
 fn paired_panels(
     kernels: &Kernels,
     patches: &Patches,
-    x: &[f32],
+    x: &[u16],
     pixels: std::ops::Range<usize>,
     columns: std::ops::Range<usize>,
     panels: &mut [u32],
@@ -161,7 +162,7 @@ fn paired_panels(
         if end - start < BAND || depth.end < columns.end {
             band.fill(0);
         }
-        patches.gather(&kernels.narrow, x, start..end, depth.clone(), band, width);
+        patches.gather(&[copy; 2], x, start..end, depth.clone(), band, width);
         for (i, two) in band.chunks_exact(2 * width).enumerate() {
             let (low, high) = two.split_at(width);
             let pair = (start - pixels.start) / 2 + i;
