@@ -28,8 +28,8 @@ pub struct Options {
     /// Rounds in which every contender works once
     #[arg(long, value_name = "N", default_value_t = 7)]
     rounds: usize,
-    /// Groups to measure: train, train-bf16, forward, search
-    #[arg(long, value_delimiter = ',', default_values_t = ["train", "forward", "search"].map(String::from))]
+    /// Groups to measure: train, train-bf16, forward, forward-bf16, search
+    #[arg(long, value_delimiter = ',', default_values_t = ["train", "train-bf16", "forward", "forward-bf16", "search"].map(String::from))]
     groups: Vec<String>,
     /// Write the tables there too, as Markdown
     #[arg(long, value_name = "FILE")]
@@ -56,7 +56,9 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A group of that name does not exist.
-    #[error("there is no group {0:?}; the groups are train, forward, search")]
+    #[error(
+        "there is no group {0:?}; the groups are train, train-bf16, forward, forward-bf16, search"
+    )]
     Group(String),
 }
 
@@ -111,8 +113,8 @@ impl Group {
             "train-bf16" => Self {
                 unit: "images",
                 works: &["train"],
-                ours: &["ours"],
-                pytorch: &["eager-cl-bf16", "compiled-bf16", "compiled-cl-bf16"],
+                ours: &["ours-bf16"],
+                pytorch: &["eager-bf16", "eager-cl-bf16", "compiled-bf16", "compiled-cl-bf16"],
                 flops: |_| TRAIN_FLOPS,
             },
             "forward" => Self {
@@ -120,6 +122,13 @@ impl Group {
                 works: &["forward"],
                 ours: &["ours", "candle"],
                 pytorch: compiled,
+                flops: |_| FORWARD_FLOPS,
+            },
+            "forward-bf16" => Self {
+                unit: "images",
+                works: &["forward"],
+                ours: &["ours-bf16"],
+                pytorch: &["eager-cl-bf16", "compiled-bf16", "compiled-cl-bf16"],
                 flops: |_| FORWARD_FLOPS,
             },
             "search" => Self {
@@ -161,6 +170,7 @@ impl Contender {
         let output = BufReader::new(output);
         let mut contender = Self { name, child, input, output, rates: Vec::new(), peak_mib: 0. };
         contender.line()?;
+        eprintln!("{} is ready", contender.name);
         Ok(contender)
     }
 
@@ -227,10 +237,11 @@ fn measure(
             contenders.push(Contender::start(format!("PyTorch {name}"), &mut command)?);
         }
     }
-    for _ in 0..rounds {
+    for round in 1..=rounds {
         for contender in &mut contenders {
             contender.work()?;
         }
+        eprintln!("{work}: round {round} of {rounds}");
     }
     Ok(table(group, work, &contenders))
 }
@@ -295,11 +306,9 @@ fn build_worker() -> Result<PathBuf, Error> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
     let target = std::env::var_os("CARGO_TARGET_DIR")
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"), PathBuf::from);
-    let target = target.join("bench");
     let mut command = Command::new(cargo);
     command
-        .args(["build", "--release", "--package", "xtask", "--features", "bench", "--target-dir"])
-        .arg(&target)
+        .args(["build", "--release", "--package", "xtask", "--features", "bench"])
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     succeed("cargo build", &mut command)?;
     Ok(target.join("release").join("xtask"))

@@ -7,7 +7,7 @@ use std::time::Instant;
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::{AdamW, Optimizer, ParamsAdamW};
 use vq_data::{Dataset, ImageShape, InMemory, Splits};
-use vq_model::{CodebookRule, Config, VqVae};
+use vq_model::{CodebookRule, Config, Precision, VqVae};
 use vq_train::{Event, Observer, Recipe, Tokenizer, Trainer};
 
 use super::naive::Naive;
@@ -22,12 +22,11 @@ const BATCHES: usize = 8;
 pub fn run(work: &str, way: &str) -> Result<()> {
     match (work, way) {
         ("gemm", _) => gemm(),
-        ("train", "ours") => train_ours(),
+        ("train", "ours") => train_ours(Precision::F32),
+        ("train", "ours-bf16") => train_ours(Precision::Bf16),
         ("train", "candle") => train_candle(),
-        ("forward", "ours") => {
-            let model = VqVae::new(&standard(), 0, &Device::Cpu)?;
-            forward(|images| Ok(model.reconstruct(images)?))
-        }
+        ("forward", "ours") => forward_ours(Precision::F32),
+        ("forward", "ours-bf16") => forward_ours(Precision::Bf16),
         ("forward", "candle") => {
             let model = Naive::new()?;
             forward(|images| Ok(model.forward(images)?.0.detach()))
@@ -133,12 +132,19 @@ impl Observer for Gate {
     }
 }
 
-fn train_ours() -> Result<()> {
+fn forward_ours(precision: Precision) -> Result<()> {
+    let mut model = VqVae::new(&standard(), 0, &Device::Cpu)?;
+    model.set_precision(precision);
+    forward(|images| Ok(model.reconstruct(images)?))
+}
+
+fn train_ours(precision: Precision) -> Result<()> {
     let mut recipe = Recipe::default().with_override("train.kmeans.rounds=0")?;
     recipe.model = standard();
     recipe.train.revival.threshold = 0.;
     recipe.train.eval_every = 1_000_000;
     recipe.train.epochs = 1_000_000;
+    recipe.train.precision = precision;
     let data = noise_images()?;
     let splits = Splits { train: data.clone(), test: data, notes: Vec::new(), broken: Vec::new() };
     let folder = std::env::temp_dir().join(format!("vq-bench-{}", std::process::id()));
