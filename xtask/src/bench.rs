@@ -7,6 +7,8 @@
 #[cfg(feature = "bench")]
 mod naive;
 #[cfg(feature = "bench")]
+mod profile;
+#[cfg(feature = "bench")]
 pub mod worker;
 
 use std::fmt::Write as _;
@@ -28,8 +30,8 @@ pub struct Options {
     /// Rounds in which every contender works once
     #[arg(long, value_name = "N", default_value_t = 7)]
     rounds: usize,
-    /// Groups to measure: train, train-bf16, forward, forward-bf16, search
-    #[arg(long, value_delimiter = ',', default_values_t = ["train", "train-bf16", "forward", "forward-bf16", "search"].map(String::from))]
+    /// Groups to measure: train, train-bf16, forward, forward-bf16, search, profile
+    #[arg(long, value_delimiter = ',', default_values_t = ["train", "train-bf16", "forward", "forward-bf16", "search", PROFILE].map(String::from))]
     groups: Vec<String>,
     /// Write the tables there too, as Markdown
     #[arg(long, value_name = "FILE")]
@@ -64,8 +66,12 @@ pub enum Error {
 
 /// Measures and returns the tables.
 pub fn run(options: &Options) -> Result<String, Error> {
-    let groups =
-        options.groups.iter().map(|name| Group::named(name)).collect::<Result<Vec<_>, _>>()?;
+    let groups = options
+        .groups
+        .iter()
+        .filter(|name| *name != PROFILE)
+        .map(|name| Group::named(name))
+        .collect::<Result<Vec<_>, _>>()?;
     let worker = build_worker()?;
     let python = if options.pytorch { Some(prepare_python(&options.venv)?) } else { None };
     let mut report = machine();
@@ -75,11 +81,37 @@ pub fn run(options: &Options) -> Result<String, Error> {
             report.push_str(&table);
         }
     }
+    if options.groups.iter().any(|name| name == PROFILE) {
+        for precision in ["f32", "bf16"] {
+            report.push_str(&profile(&worker, precision)?);
+        }
+    }
     if let Some(path) = &options.out {
         std::fs::write(path, &report)
             .map_err(|source| Error::Write { path: path.clone(), source })?;
     }
     Ok(report)
+}
+
+/// The group whose table is of operations, not of contenders.
+const PROFILE: &str = "profile";
+
+/// A step's operations one by one.
+fn profile(worker: &Path, precision: &str) -> Result<String, Error> {
+    let output = Command::new(worker).args(["bench-worker", "profile", precision]).output();
+    match output {
+        Ok(output) if output.status.success() => Ok(format!(
+            "\n### operations of a training step, {precision}\n\n{}",
+            String::from_utf8_lossy(&output.stdout)
+        )),
+        Ok(output) => Err(Error::Command {
+            command: "profile".to_owned(),
+            problem: String::from_utf8_lossy(&output.stderr).into_owned(),
+        }),
+        Err(error) => {
+            Err(Error::Command { command: "profile".to_owned(), problem: error.to_string() })
+        }
+    }
 }
 
 /// Contenders that do the same work.

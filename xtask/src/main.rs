@@ -54,6 +54,7 @@ fn run(task: Task) -> Result<String, Box<dyn Error + Send + Sync>> {
         Task::Bench(options) => bench::run(&options)?,
         #[cfg(feature = "bench")]
         Task::BenchWorker { work, way } => {
+            vq_ops::allocator::keep_memory();
             bench::worker::run(&work, &way)?;
             String::new()
         }
@@ -68,4 +69,4 @@ fn one_line(error: &dyn Error) -> String {
 /// The allocator of the `vq` binary, so that what is measured is what users run.
 #[cfg(feature = "bench")]
 #[global_allocator]
-static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+static ALLOCATOR: vq_ops::allocator::Allocator = vq_ops::allocator::Allocator;

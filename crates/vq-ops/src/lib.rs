@@ -12,6 +12,8 @@
 // A match that names both cases reads better than `if let … else` across several lines.
 #![allow(clippy::single_match_else)]
 
+#[cfg(feature = "allocator")]
+pub mod allocator;
 pub mod composed;
 mod conv;
 mod cpu;

@@ -22,6 +22,10 @@ const BATCHES: usize = 8;
 pub fn run(work: &str, way: &str) -> Result<()> {
     match (work, way) {
         ("gemm", _) => gemm(),
+        ("profile", precision) => {
+            say(&super::profile::profile(precision.parse()?)?);
+            Ok(())
+        }
         ("train", "ours") => train_ours(Precision::F32),
         ("train", "ours-bf16") => train_ours(Precision::Bf16),
         ("train", "candle") => train_candle(),

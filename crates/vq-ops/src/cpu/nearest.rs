@@ -116,7 +116,16 @@ impl<'a> Search<'a> {
                 self.scores(shifted, rows, start, count, scores);
                 for row in 0..rows {
                     let scores = &scores[row * CODES..][..count];
-                    merge(scores, start as u32, &mut best[row], &mut second[row]);
+                    // SAFETY: `kernels()` chose what this CPU has.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        (self.kernels.merge)(
+                            scores,
+                            start as u32,
+                            &mut best[row],
+                            &mut second[row],
+                        );
+                    }
                 }
             }
         });
@@ -182,7 +191,8 @@ impl<'a> Search<'a> {
 
 /// Takes a run of scores, of the codes from `start` on, into the best (lowest index among equals)
 /// and the second-best score so far.
-fn merge(scores: &[f32], start: u32, best: &mut (f32, u32), second: &mut f32) {
+#[inline(always)]
+pub(super) fn merge(scores: &[f32], start: u32, best: &mut (f32, u32), second: &mut f32) {
     const LANES: usize = 16;
     let (mut lane_best, mut lane_second) = ([f32::INFINITY; LANES], [f32::INFINITY; LANES]);
     let mut lane_step = [0u32; LANES];

@@ -60,6 +60,8 @@ pub(crate) struct Kernels {
     transposed: [&'static [TileFn]; 2],
     /// `to[i] = max(from[i], 0)` (or a copy) for `count` elements.
     pub copy: [CopyFn<f32, f32>; 2],
+    /// See [`super::nearest`].
+    pub merge: unsafe fn(&[f32], u32, &mut (f32, u32), &mut f32),
     /// The transforms of [`super::winograd`], for kernels of 2 and of 3 taps a side.
     pub winograd: [Transforms; 2],
     /// Name of the instruction set.
@@ -270,6 +272,11 @@ macro_rules! kernels_for {
                 unsafe { winograd::kernel_gradient::<$vector, F>(from, step, taps) }
             }
 
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn merge(scores: &[f32], start: u32, best: &mut (f32, u32), second: &mut f32) {
+                super::super::nearest::merge(scores, start, best, second);
+            }
+
             const fn transforms<F: Filter>() -> Transforms {
                 Transforms {
                     input: input::<F>,
@@ -287,6 +294,7 @@ macro_rules! kernels_for {
                 gathered: [&[$(run::<$mr, 1, ROW>),*], &[$(run::<$mr, 2, ROW>),*]],
                 transposed: [&[$(run::<$mr, 1, 1>),*], &[$(run::<$mr, 2, 1>),*]],
                 copy: [copy::<false>, copy::<true>],
+                merge,
                 winograd: [transforms::<winograd::TwoTaps>(), transforms::<winograd::ThreeTaps>()],
                 name: $name,
             };
