@@ -92,7 +92,8 @@ pub enum QuantizerKind {
     /// `levels`.
     FiniteScalar,
     /// The sign of each number (Yu et al. 2023, "Language Model Beats Diffusion", section 3.1): `bits`,
-    /// `entropy_weight`, `diversity`, `entropy_temperature`, `entropy_group`.
+    /// `entropy_weight`, `diversity`, `entropy_temperature`, `entropy_group`. A commitment weight (β) as
+    /// small as 0.25 lets the entropy loss spread the signs first; with 1 they may all become alike.
     LookupFree,
     /// The sign of each number of a vector of length 1 (Zhao et al. 2024, "Image and Video Tokenization
     /// with Binary Spherical Quantization"): the keys of `lookup-free`.
@@ -212,8 +213,9 @@ impl QuantizerConfig {
             bits: 9,
             entropy_weight: 0.1,
             diversity: 1.0,
-            // The official code's: inner products of unit vectors are small.
-            entropy_temperature: if kind == QuantizerKind::BinarySpherical { 1.0 } else { 0.01 },
+            // The authors' code has 0.01 for binary codes of size 1 as well. There the probabilities of a fresh
+            // encoder's outputs are 0 and 1 already, the entropies have no gradient, and all bits collapse.
+            entropy_temperature: if kind.is_binary() { 1.0 } else { 0.01 },
             entropy_group: if kind == QuantizerKind::BinarySpherical { 1 } else { 9 },
         };
         config.with_derived()

@@ -189,7 +189,10 @@ impl Trainable for Tokenizer {
         let quantizer = self.model.config().levels.get(level).map(|level| &level.quantizer);
         if let Some(quantizer) = quantizer.filter(|quantizer| !quantizer.kind.has_key("rule")) {
             return if quantizer.kind.has_key("entropy_weight") {
-                format!("try a higher {key}.entropy_weight or {key}.diversity, or a lower train.lr")
+                format!(
+                    "try a lower train.beta, such as 0.25, a higher {key}.entropy_weight or \
+                     {key}.diversity, or a lower train.lr"
+                )
             } else {
                 format!(
                     "try a lower train.lr, a longer train.warmup_steps, or fewer codes of {key}"

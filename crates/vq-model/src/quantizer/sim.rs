@@ -11,7 +11,8 @@ use crate::{QuantizerConfig, Result};
 /// The nearest of the K vectors C·Wᵀ, of which C `[K,D]` stays as it was drawn and W `[D,D]` is trained
 /// (Zhu et al. 2024): every step moves all codes, so that none is left behind.
 ///
-/// C is normal with variance 1/D. [`decode`](Quantizer::decode) gives rows of C·Wᵀ, the vectors that the
+/// C is normal with variance 1/D, and not placed by k-means: a fresh encoder's outputs hardly differ, and a
+/// matrix can spread their centres far less well than C. [`decode`](Quantizer::decode) gives rows of C·Wᵀ, the vectors that the
 /// decoder was trained on, never those of C.
 #[derive(Debug)]
 pub(super) struct SimQuantizer {
