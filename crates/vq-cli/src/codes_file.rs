@@ -43,7 +43,7 @@ impl Format {
 const KEY: &str = "images";
 
 impl CodesFile {
-    /// Writes `levels.0`, … as U32 `[N,h,w]`, or the one level that an `.npy` file has room for.
+    /// Writes `levels.0`, … as U32 `[N,h,w]`, or `[N,h,w,G]` where a position has G > 1 codes; or the one level that an `.npy` file has room for.
     pub(crate) fn write(&self, path: &Path) -> Result<()> {
         let mut levels = Vec::new();
         for level in &self.codes.levels {
@@ -81,8 +81,8 @@ impl CodesFile {
             .map_err(|error| Error::Candle(candle_core::Error::SafeTensor(error)))
     }
 
-    /// Reads what [`write`](Self::write) wrote, or an array of integers `[N,h,w]` or `[h,w]` that
-    /// another program did.
+    /// Reads what [`write`](Self::write) wrote, or an array of integers `[N,h,w]`, `[N,h,w,G]` or `[h,w]`
+    /// that another program did.
     pub(crate) fn read(path: &Path) -> Result<Self> {
         let format = Format::of(path)?;
         let bytes = fs::read(path).map_err(Error::read(path))?;

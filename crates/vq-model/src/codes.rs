@@ -2,12 +2,14 @@
 
 use candle_core::{DType, Tensor};
 
-use crate::{Config, Error, Result};
+use crate::{Config, Error, QuantizerConfig, QuantizerKind, Result};
 
 /// The codes of a batch of images.
 #[derive(Clone, Debug)]
 pub struct Codes {
-    /// One `[B,h,w]` tensor of u32 in 0..K per level, bottom (finest) first.
+    /// One tensor of u32 in 0..K per level, bottom (finest) first: `[B,h,w]` where the level's quantizer
+    /// gives one code to each position, `[B,h,w,G]` where it gives G > 1, one of each of its codebooks. Of
+    /// the kind `residual` the first g of them, `[B,h,w,g]`, can be decoded too.
     pub levels: Vec<Tensor>,
 }
 
@@ -55,13 +57,7 @@ impl Codes {
         let mut bottom = None;
         let mut factor = 1;
         for (index, (codes, level)) in self.levels.iter().zip(&config.levels).enumerate() {
-            let (DType::U32, &[b, h, w]) = (codes.dtype(), codes.dims()) else {
-                return Err(Error::Input(format!(
-                    "codes of level {index} must be u32 [B, h, w], got {:?} {:?}",
-                    codes.dtype(),
-                    codes.dims()
-                )));
-            };
+            let [b, h, w] = grid_of(index, codes, &level.quantizer)?;
             if b == 0 || h == 0 || w == 0 {
                 return Err(Error::Input(format!(
                     "codes of level {index} are empty: [{b}, {h}, {w}]"
@@ -88,5 +84,25 @@ impl Codes {
             }
         }
         Ok(())
+    }
+}
+
+/// `[B, h, w]` of the codes of level `index`, or an error where they are not laid out as its quantizer's.
+fn grid_of(index: usize, codes: &Tensor, quantizer: &QuantizerConfig) -> Result<[usize; 3]> {
+    let count = quantizer.codes_per_position();
+    // Only what a residual quantizer's first stages say stands for itself.
+    let least = if quantizer.kind == QuantizerKind::Residual { 1 } else { count };
+    match (codes.dtype(), codes.dims()) {
+        (DType::U32, &[b, h, w]) if count == 1 => Ok([b, h, w]),
+        (DType::U32, &[b, h, w, g]) if count > 1 && (least..=count).contains(&g) => Ok([b, h, w]),
+        (dtype, dims) => {
+            let layout = match count {
+                1 => "[B, h, w]".to_owned(),
+                _ => format!("[B, h, w, {count}]"),
+            };
+            Err(Error::Input(format!(
+                "codes of level {index} must be u32 {layout}, got {dtype:?} {dims:?}"
+            )))
+        }
     }
 }

@@ -3,7 +3,7 @@
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Result};
+use crate::{Error, QuantizerConfig, Result};
 
 /// The version of the saved model's format that this crate writes, and the newest that it reads.
 pub const FORMAT_VERSION: u32 = 1;
@@ -54,51 +54,6 @@ pub struct LevelConfig {
     pub relu_before_residual: bool,
     /// The quantizer of this level.
     pub quantizer: QuantizerConfig,
-}
-
-/// A vector quantizer.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(default, deny_unknown_fields)]
-pub struct QuantizerConfig {
-    /// K, the number of code vectors.
-    pub codebook_size: usize,
-    /// D, the length of a code vector.
-    pub dim: usize,
-    /// Compare directions only: vectors and codes are scaled to length 1, and the losses are taken
-    /// between the scaled ones (Yu et al. 2022, "Vector-quantized Image Modeling with Improved VQGAN").
-    pub cosine: bool,
-    /// What moves the code vectors.
-    pub rule: CodebookRule,
-    /// What the encoder receives as the gradient of `z_q`.
-    pub gradient_estimator: GradientEstimator,
-    /// γ of the moving averages N and m (rule `ema`), and of the usage that revival looks at (both rules).
-    pub decay: f64,
-    /// γ rises to `decay`: at step t (from 1) it is min(`decay`, t / (t + `decay_warmup`)). Short averages
-    /// follow an encoder that still moves fast, and soon tell which codes are dead. In steps; 0 = off.
-    pub decay_warmup: f64,
-    /// ε of the Laplace smoothing of N (rule `ema`).
-    pub epsilon: f64,
-}
-
-/// What moves the code vectors.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum CodebookRule {
-    /// The codebook is a parameter, trained on ‖sg\[`z_e`\] − e‖² (van den Oord et al. 2017, eq. 3, second term).
-    Gradient,
-    /// Moving averages of the vectors assigned to each code (van den Oord et al. 2017, appendix A.1).
-    Ema,
-}
-
-/// What the encoder receives as the gradient of `z_q`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum GradientEstimator {
-    /// ∂L/∂`z_e` = ∂L/∂`z_q` (van den Oord et al. 2017, section 3.2).
-    StraightThrough,
-    /// ∂L/∂`z_e` = λRᵀ ∂L/∂`z_q`, with the rotation R and the scale λ that take `z_e` to its code
-    /// (Fifty et al. 2024, section 4.2).
-    Rotation,
 }
 
 /// Per channel: x = (pixel − mean) / std, with the pixel in [0, 1].
@@ -165,14 +120,14 @@ impl Config {
         Ok(self.levels.iter().map(grid).collect())
     }
 
-    /// Bits that the codes of one image of [`image_size`](Self::image_size) take: Σ h·w·log₂K.
+    /// Bits that the codes of one image of [`image_size`](Self::image_size) take: Σ h·w·G·log₂K.
     pub fn bits_per_image(&self) -> f64 {
         let [height, width] = self.image_size;
         let mut factor = 1;
         let bits = self.levels.iter().map(|level| {
             factor *= level.downsample;
             let positions = (height / factor) * (width / factor);
-            positions as f64 * (level.quantizer.codebook_size as f64).log2()
+            positions as f64 * level.quantizer.bits_per_position()
         });
         bits.sum()
     }
@@ -253,35 +208,6 @@ impl LevelConfig {
     }
 }
 
-impl QuantizerConfig {
-    /// γ of the moving averages at that step, from 1; see [`QuantizerConfig::decay_warmup`].
-    pub fn decay_at(&self, step: u64) -> f64 {
-        let step = step.max(1) as f64;
-        self.decay.min(step / (step + self.decay_warmup))
-    }
-
-    fn validate(&self, prefix: &str) -> Result<()> {
-        let key = |name: &str| format!("{prefix}.{name}");
-        within(key("codebook_size"), self.codebook_size, 1, 1 << 24)?;
-        within(key("dim"), self.dim, 1, 1 << 16)?;
-        if !(0.0..1.0).contains(&self.decay) {
-            let problem = format!("must be at least 0 and below 1, got {}", self.decay);
-            return Err(Error::config(key("decay"), problem));
-        }
-        if !(self.decay_warmup >= 0.0 && self.decay_warmup.is_finite()) {
-            let problem = format!("must be at least 0, got {}", self.decay_warmup);
-            return Err(Error::config(key("decay_warmup"), problem));
-        }
-        if !(self.epsilon > 0.0 && self.epsilon.is_finite()) {
-            return Err(Error::config(
-                key("epsilon"),
-                format!("must be above 0, got {}", self.epsilon),
-            ));
-        }
-        Ok(())
-    }
-}
-
 impl Default for Config {
     fn default() -> Self {
         Self {
@@ -307,21 +233,6 @@ impl Default for LevelConfig {
     }
 }
 
-impl Default for QuantizerConfig {
-    fn default() -> Self {
-        Self {
-            codebook_size: 512,
-            dim: 64,
-            cosine: false,
-            rule: CodebookRule::Gradient,
-            gradient_estimator: GradientEstimator::StraightThrough,
-            decay: 0.99,
-            decay_warmup: 0.0,
-            epsilon: 1e-5,
-        }
-    }
-}
-
 impl Default for Normalization {
     /// RGB pixels to [−0.5, 0.5].
     fn default() -> Self {
@@ -330,7 +241,12 @@ impl Default for Normalization {
 }
 
 /// `least ..= most`, or an error that names the key.
-fn within(key: impl Into<String>, value: usize, least: usize, most: usize) -> Result<()> {
+pub(crate) fn within(
+    key: impl Into<String>,
+    value: usize,
+    least: usize,
+    most: usize,
+) -> Result<()> {
     if value < least {
         Err(Error::config(key, format!("must be at least {least}, got {value}")))
     } else if value > most {

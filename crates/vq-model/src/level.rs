@@ -1,8 +1,8 @@
 //! One level: an encoder, a quantizer and a decoder.
 
 use crate::part::{Builder, Part};
-use crate::quantizer::{Quantizer, VectorQuantizer};
-use crate::{Config, Error, Result, architecture};
+use crate::quantizer::Quantizer;
+use crate::{Config, Error, Result, architecture, quantizer};
 
 #[derive(Debug)]
 pub(crate) struct Level {
@@ -51,11 +51,7 @@ impl Level {
         Ok(Self {
             encoder: Part::new(encoder, builder)?,
             projection,
-            quantizer: Box::new(VectorQuantizer::new(
-                &name("quantizer"),
-                &level.quantizer,
-                builder,
-            )?),
+            quantizer: quantizer::build(&name("quantizer"), &level.quantizer, builder)?,
             decoder: Part::new(decoder, builder)?,
         })
     }

@@ -3,7 +3,7 @@
 //! - [`VqVae`] has one level of codes (van den Oord et al. 2017, "Neural Discrete Representation
 //!   Learning") or several (Razavi et al. 2019, "Generating Diverse High-Fidelity Images with VQ-VAE-2").
 //! - [`Config`] describes it and is stored beside its tensors.
-//! - [`Quantizer`] is the map between vectors and codes, [`VectorQuantizer`] the one of the papers.
+//! - [`Quantizer`] is the map between vectors and codes; [`QuantizerKind`] lists the kinds there are.
 //!
 //! Images are `[B,C,H,W]` f32 at the border, normalised by [`Normalization`]; inside, everything is
 //! channels-last.
@@ -30,19 +30,18 @@ mod level;
 mod model;
 mod part;
 mod quantizer;
+mod quantizer_config;
 mod random;
 mod store;
 
 pub use codes::Codes;
-pub use config::{
-    CodebookRule, Config, FORMAT_VERSION, GradientEstimator, LevelConfig, Normalization,
-    QuantizerConfig,
-};
+pub use config::{Config, FORMAT_VERSION, LevelConfig, Normalization};
 pub use error::{Error, Result};
 pub use model::{Output, VqVae};
 pub use quantizer::{
-    CodebookReport, CodebookUpdate, Quantized, Quantizer, VectorQuantizer, rotation,
+    CodebookReport, CodebookUpdate, Quantized, Quantizer, TrainingStep, VectorQuantizer, rotation,
     straight_through,
 };
+pub use quantizer_config::{CodebookRule, GradientEstimator, QuantizerConfig, QuantizerKind};
 pub use store::{CONFIG_FILE, MODEL_FILE};
 pub use vq_ops::Precision;

@@ -7,7 +7,7 @@ use vq_ops::{Precision, channels_first, channels_last};
 
 use crate::level::Level;
 use crate::part::Builder;
-use crate::quantizer::{CodebookReport, CodebookUpdate, Quantizer};
+use crate::quantizer::{CodebookReport, CodebookUpdate, Quantizer, TrainingStep};
 use crate::{Codes, Config, Error, Result};
 
 /// A VQ-VAE (van den Oord et al. 2017) with one level of codes, or a VQ-VAE-2 (Razavi et al. 2019) with
@@ -42,11 +42,14 @@ pub struct Output {
     /// The codes that it was decoded from.
     pub codes: Codes,
     /// ‖sg\[`z_e`\] − e‖², summed over the levels; each a mean over B·h·w·D
-    /// (van den Oord et al. 2017, eq. 3, second term). 0 for levels with the rule `ema`.
+    /// (van den Oord et al. 2017, eq. 3, second term). 0 for levels with the rule `ema` and with implicit
+    /// codes; see [`Quantized::codebook_loss`](crate::Quantized::codebook_loss).
     pub codebook_loss: Tensor,
     /// ‖`z_e` − sg\[e\]‖², summed over the levels; each a mean over B·h·w·D, without β
     /// (van den Oord et al. 2017, eq. 3, third term).
     pub commitment_loss: Tensor,
+    /// The entropy losses times their weights, summed over the levels; none where no level has one.
+    pub entropy_loss: Option<Tensor>,
     /// The encoders' outputs `[B,h,w,D]`, bottom first, detached: what
     /// [`VqVae::initialize_codebooks`] and [`VqVae::update_codebooks`] take.
     pub z_e: Vec<Tensor>,
@@ -128,12 +131,18 @@ impl VqVae {
     /// Images `[B,C,H,W]` to reconstruction, codes and losses; differentiable. Changes nothing in the
     /// model.
     pub fn forward(&self, images: &Tensor) -> Result<Output> {
-        self.run(images, true)
+        self.run(images, true, None)
+    }
+
+    /// [`forward`](Self::forward) as a training step does it: with what is random in training only
+    /// (quantizer dropout), which depends on `step` alone.
+    pub fn forward_training(&self, images: &Tensor, step: TrainingStep) -> Result<Output> {
+        self.run(images, true, Some(step))
     }
 
     /// [`forward`](Self::forward) without a graph for gradients: the same values in less memory.
     pub fn evaluate(&self, images: &Tensor) -> Result<Output> {
-        self.run(images, false)
+        self.run(images, false, None)
     }
 
     /// The quantizer of a level (0 = bottom).
@@ -147,9 +156,17 @@ impl VqVae {
         }
     }
 
-    /// The code vectors `[K,D]` of a level (0 = bottom), detached.
+    /// The code vectors `[K,D]` of a level (0 = bottom), detached; an error where its quantizer does not
+    /// have exactly one codebook: see [`Quantizer::codebooks`].
     pub fn codebook(&self, level: usize) -> Result<Tensor> {
-        self.quantizer(level)?.codebook()
+        let codebooks = self.quantizer(level)?.codebooks()?;
+        match &codebooks[..] {
+            [one] => Ok(one.clone()),
+            _ => Err(Error::Input(format!(
+                "level {level} has {} codebooks, not one; ask its quantizer for all of them",
+                codebooks.len()
+            ))),
+        }
     }
 
     /// Multiply-adds of the forward pass for one image of [`Config::image_size`], the search for the
@@ -196,7 +213,8 @@ impl VqVae {
     /// `z_e` (one `[…,D]` per level) and `codes` (`[…]`) are [`Output::z_e`] and [`Output::codes`] of all
     /// that was quantized in the step; several batches or workers are concatenated first, so that each
     /// step counts once and there is one set of revivals. The random choices depend on
-    /// [`CodebookUpdate::seed`] and `step` alone. One report per level, bottom first.
+    /// [`CodebookUpdate::seed`] and `step` alone. One report per codebook that is looked after so, those of
+    /// the bottom level first.
     pub fn update_codebooks(
         &self,
         z_e: &[Tensor],
@@ -207,23 +225,35 @@ impl VqVae {
         self.one_per_level(z_e.len(), "vectors")?;
         self.one_per_level(codes.levels.len(), "codes")?;
         let levels = self.levels.iter().zip(z_e).zip(&codes.levels);
-        levels
-            .map(|((level, z_e), codes)| level.quantizer.update(z_e, codes, options, step))
-            .collect()
+        let mut reports = Vec::new();
+        for ((level, z_e), codes) in levels {
+            reports.extend(level.quantizer.update(z_e, codes, options, step)?);
+        }
+        Ok(reports)
     }
 
-    fn run(&self, images: &Tensor, tracked: bool) -> Result<Output> {
+    fn run(&self, images: &Tensor, tracked: bool, step: Option<TrainingStep>) -> Result<Output> {
         let levels = self.descend(images, tracked, |quantizer, z_e| {
-            let quantized = quantizer.quantize(z_e)?;
-            Ok((quantized.z_q.clone(), (quantized, z_e.detach())))
+            let quantized = match step {
+                Some(step) => quantizer.quantize_training(z_e, step)?,
+                None => quantizer.quantize(z_e)?,
+            };
+            // A codebook's parameters are tracked even where the encoder's are not.
+            let z_q = if tracked { quantized.z_q.clone() } else { quantized.z_q.detach() };
+            Ok((z_q, (quantized, z_e.detach())))
         })?;
         let mut maps = Vec::new();
         let (mut codes, mut z_es) = (Vec::new(), Vec::new());
         let mut losses: Option<(Tensor, Tensor)> = None;
+        let mut entropy_loss: Option<Tensor> = None;
         for (map, (quantized, z_e)) in levels {
             maps.push(map);
             codes.push(quantized.codes);
             z_es.push(z_e);
+            entropy_loss = match (entropy_loss, quantized.entropy_loss) {
+                (Some(sum), Some(loss)) => Some((sum + loss)?),
+                (sum, loss) => sum.or(loss),
+            };
             losses = Some(match losses {
                 None => (quantized.codebook_loss, quantized.commitment_loss),
                 Some((codebook, commitment)) => (
@@ -239,6 +269,7 @@ impl VqVae {
             codes: Codes { levels: codes },
             codebook_loss,
             commitment_loss,
+            entropy_loss,
             z_e: z_es,
         })
     }

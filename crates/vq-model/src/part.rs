@@ -67,6 +67,10 @@ impl Builder {
         Self { seed, device: device.clone(), parameters, buffers }
     }
 
+    pub(crate) fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// A parameter that starts uniform in ±`bound`.
     pub(crate) fn parameter(&mut self, name: &str, shape: &[usize], bound: f64) -> Result<Var> {
         let values = self.uniform(name, shape, bound);
@@ -81,6 +85,11 @@ impl Builder {
     /// What [`Builder::parameter`] of that name starts as.
     pub(crate) fn uniform(&self, name: &str, shape: &[usize], bound: f64) -> Vec<f32> {
         Stream::new(self.seed, name, 0).uniform(shape.iter().product(), bound)
+    }
+
+    /// Values for a [`Builder::buffer`] of that name: normal with mean 0.
+    pub(crate) fn normal(&self, name: &str, shape: &[usize], deviation: f64) -> Vec<f32> {
+        Stream::new(self.seed, name, 0).normal(shape.iter().product(), deviation)
     }
 }
 

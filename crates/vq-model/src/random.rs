@@ -21,6 +21,21 @@ impl Stream {
         (0..count).map(|_| (draw() * bound) as f32).collect()
     }
 
+    /// Uniform in [0, 1).
+    pub(crate) fn unit(&mut self) -> f64 {
+        (self.0.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// `count` values of the normal distribution of mean 0.
+    pub(crate) fn normal(&mut self, count: usize, deviation: f64) -> Vec<f32> {
+        // Box and Muller; 1 − u is never 0.
+        let mut draw = || {
+            let (radius, angle) = (1.0 - self.unit(), std::f64::consts::TAU * self.unit());
+            (deviation * (-2.0 * radius.ln()).sqrt() * angle.cos()) as f32
+        };
+        (0..count).map(|_| draw()).collect()
+    }
+
     /// Uniform in 0..n (n > 0).
     pub(crate) fn below(&mut self, n: usize) -> usize {
         // Lemire's multiply-shift; the bias is below n / 2⁶⁴.
@@ -69,6 +84,30 @@ mod tests {
         let square = values.iter().map(|&v| f64::from(v).powi(2)).sum::<f64>() / 1e5;
         assert!(mean.abs() < 2e-3, "{mean}");
         assert!((square - 0.25f64.powi(2) / 3.0).abs() < 3e-4, "{square}");
+    }
+
+    #[test]
+    fn normal_values_have_their_moments() {
+        let values = Stream::new(0, "normal", 0).normal(100_000, 0.5);
+        let moment = |power: i32| {
+            values.iter().map(|&v| (f64::from(v) / 0.5).powi(power)).sum::<f64>() / 1e5
+        };
+        // Five standard errors: √(1, 2, 15, 96) / √100,000.
+        for (power, expected, error) in
+            [(1, 0.0, 1f64), (2, 1.0, 2.0), (3, 0.0, 15.0), (4, 3.0, 96.0)]
+        {
+            let found = moment(power);
+            assert!((found - expected).abs() < 5.0 * (error / 1e5).sqrt(), "{power}: {found}");
+        }
+    }
+
+    #[test]
+    fn unit_values_fill_the_unit_interval() {
+        let mut stream = Stream::new(0, "unit", 0);
+        let values: Vec<f64> = (0..10_000).map(|_| stream.unit()).collect();
+        assert!(values.iter().all(|v| (0.0..1.0).contains(v)));
+        let mean = values.iter().sum::<f64>() / 1e4;
+        assert!((mean - 0.5).abs() < 5.0 / (12f64 * 1e4).sqrt(), "{mean}");
     }
 
     #[test]

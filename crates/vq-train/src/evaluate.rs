@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use vq_data::{Dataset, Loader, LoaderOptions};
-use vq_model::VqVae;
+use vq_model::{LevelConfig, VqVae};
 
 use crate::ssim::ssim;
 use crate::{Error, Evaluation, Metrics, Result, Samples, Usage};
@@ -38,7 +38,8 @@ pub struct EvaluateOptions<'a> {
 /// - `commitment`, `codebook`: ‖`z_e` − e‖², mean over the set, without β; the second is 0 for an EMA
 ///   codebook.
 /// - `perplexity`, `codes_in_use`: from one histogram over the set; those of the level above the
-///   bottom are called `perplexity.1` and so on.
+///   bottom are called `perplexity.1` and so on. A level with several codebooks has the geometric mean
+///   and the sum over them, and `perplexity/0`, `perplexity/1`, … of each.
 ///
 /// The score is the PSNR.
 pub fn evaluate(
@@ -90,7 +91,7 @@ pub(crate) fn data_normalization(
     vq_data::Normalization { mean: normalization.mean.clone(), std: normalization.std.clone() }
 }
 
-/// One histogram per level of `codes` `[B,h,w]`.
+/// One histogram per level of `codes` `[B,h,w]` or `[B,h,w,G]`.
 pub(crate) fn count_codes(usage: &mut [Usage], codes: &[Tensor]) -> Result<()> {
     for (usage, codes) in usage.iter_mut().zip(codes) {
         usage.count(&codes.flatten_all()?.to_vec1::<u32>()?);
@@ -101,7 +102,11 @@ pub(crate) fn count_codes(usage: &mut [Usage], codes: &[Tensor]) -> Result<()> {
 /// Empty histograms for a model.
 pub(crate) fn empty_usage(model: &VqVae) -> Vec<Usage> {
     let levels = &model.config().levels;
-    levels.iter().map(|level| Usage::new(level.quantizer.codebook_size)).collect()
+    let empty = |level: &LevelConfig| {
+        let quantizer = &level.quantizer;
+        Usage::with_codebooks(quantizer.codes_per_position(), quantizer.codebook_size)
+    };
+    levels.iter().map(empty).collect()
 }
 
 /// Perplexity and codes in use of every level, by name.
@@ -110,6 +115,11 @@ pub(crate) fn usage_metrics(mut metrics: Metrics, usage: &[Usage]) -> Metrics {
         let suffix = if level == 0 { String::new() } else { format!(".{level}") };
         metrics.set(&format!("perplexity{suffix}"), usage.perplexity());
         metrics.set(&format!("codes_in_use{suffix}"), usage.codes_in_use() as f64);
+        if usage.codebooks > 1 {
+            for (codebook, perplexity) in usage.perplexities().into_iter().enumerate() {
+                metrics.set(&format!("perplexity{suffix}/{codebook}"), perplexity);
+            }
+        }
     }
     metrics
 }

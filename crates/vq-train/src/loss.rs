@@ -6,9 +6,10 @@ use vq_ops::squared_error;
 
 use crate::{Metrics, Result, TrainConfig};
 
-/// L = reconstruction + codebook + β·commitment (van den Oord et al. 2017, eq. 3).
+/// L = reconstruction + codebook + β·commitment (van den Oord et al. 2017, eq. 3), and the quantizers'
+/// entropy losses, which bring their own weights, where there are any.
 ///
-/// All three are means: the reconstruction error over B·C·H·W, the other two over B·h·w·D. The
+/// The first three are means: the reconstruction error over B·C·H·W, the other two over B·h·w·D. The
 /// reconstruction error is taken in pixels' units of [0, 1] and divided by the variance of the
 /// training pixels in the same units (as in Sonnet), or, without that, taken in the model's range.
 #[derive(Clone, Debug)]
@@ -54,13 +55,19 @@ impl Loss {
     pub(crate) fn of(&self, output: &Output, images: &Tensor) -> Result<(Tensor, Metrics)> {
         let reconstruction = self.reconstruction(&output.reconstruction, images)?;
         let commitment = (&output.commitment_loss * self.beta)?;
-        let loss = ((&reconstruction + &output.codebook_loss)? + commitment)?;
+        let mut loss = ((&reconstruction + &output.codebook_loss)? + commitment)?;
+        if let Some(entropy) = &output.entropy_loss {
+            loss = (loss + entropy)?;
+        }
         let value = |tensor: &Tensor| Ok::<_, crate::Error>(f64::from(tensor.to_scalar::<f32>()?));
-        let terms = Metrics::new()
+        let mut terms = Metrics::new()
             .with("loss", value(&loss)?)
             .with("reconstruction", value(&reconstruction)?)
             .with("codebook", value(&output.codebook_loss)?)
             .with("commitment", value(&output.commitment_loss)?);
+        if let Some(entropy) = &output.entropy_loss {
+            terms.set("entropy", value(entropy)?);
+        }
         Ok((loss, terms))
     }
 
@@ -94,6 +101,7 @@ mod tests {
             codes: Codes { levels: Vec::new() },
             codebook_loss: Tensor::new(codebook, &device).unwrap(),
             commitment_loss: commitment.clone(),
+            entropy_loss: None,
             z_e: Vec::new(),
         }
     }
@@ -147,6 +155,24 @@ mod tests {
             let gradient = gradients.get(&z).map_or(0.0, |g| g.to_scalar::<f32>().unwrap());
             assert!((f64::from(gradient) - beta).abs() < 1e-7);
         }
+    }
+
+    #[test]
+    fn the_entropy_loss_is_added_as_it_is_and_is_a_term_of_its_own() {
+        let images = Tensor::zeros((1, 3, 2, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let config = TrainConfig { normalize_by_variance: false, ..TrainConfig::default() };
+        let loss = Loss::new(&config, &Normalization::default(), 0.06, &Device::Cpu).unwrap();
+        let zero = Tensor::new(0f32, &Device::Cpu).unwrap();
+        let entropy = Var::new(-3f32, &Device::Cpu).unwrap();
+        let mut output = output(&images, 0.0, &zero);
+        let (_, terms) = loss.of(&output, &images).unwrap();
+        assert_eq!(terms.get("entropy"), None);
+        output.entropy_loss = Some(entropy.as_tensor().clone());
+        let (total, terms) = loss.of(&output, &images).unwrap();
+        assert_eq!((terms.get("loss"), terms.get("entropy")), (Some(-3.0), Some(-3.0)));
+        let gradients = total.backward().unwrap();
+        let gradient = gradients.get(&entropy).unwrap().to_scalar::<f32>().unwrap();
+        assert!((gradient - 1.0).abs() < 1e-7);
     }
 
     #[test]

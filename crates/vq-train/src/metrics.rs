@@ -88,67 +88,104 @@ impl<'de> Deserialize<'de> for Metrics {
     }
 }
 
-/// How one level's codebook is used: from one histogram over all codes looked at, never a mean of
-/// per-batch values.
+/// How one level's codebooks are used: from one histogram each over all codes looked at, never a mean
+/// of per-batch values.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Usage {
-    /// How often each of the K codes was chosen.
+    /// How often each of the K codes was chosen; those of a second codebook follow those of the first.
     pub counts: Vec<u64>,
+    /// G, the number of the level's codebooks, all of them of K codes.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub codebooks: usize,
+}
+
+fn one() -> usize {
+    1
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde asks for a reference")]
+fn is_one(codebooks: &usize) -> bool {
+    *codebooks == 1
 }
 
 impl Usage {
     /// Of a codebook of `codebook_size` codes, nothing counted yet.
     pub fn new(codebook_size: usize) -> Self {
-        Self { counts: vec![0; codebook_size] }
+        Self::with_codebooks(1, codebook_size)
     }
 
-    /// Counts codes.
+    /// Of G codebooks of `codebook_size` codes each, nothing counted yet.
+    pub fn with_codebooks(codebooks: usize, codebook_size: usize) -> Self {
+        Self { counts: vec![0; codebooks * codebook_size], codebooks }
+    }
+
+    /// Counts codes: G at each position, one of each codebook.
     pub fn count(&mut self, codes: &[u32]) {
-        for &code in codes {
-            if let Some(count) = self.counts.get_mut(code as usize) {
+        let codebooks = self.codebooks.max(1);
+        let size = self.counts.len() / codebooks;
+        for (index, &code) in codes.iter().enumerate() {
+            let codes = self.counts.get_mut(index % codebooks * size..).unwrap_or_default();
+            if let Some(count) = codes.get_mut(..size).and_then(|c| c.get_mut(code as usize)) {
                 *count += 1;
             }
         }
     }
 
-    /// Adds another histogram of the same codebook.
+    /// How often each of the K codes of each codebook was chosen.
+    pub fn by_codebook(&self) -> impl Iterator<Item = &[u64]> {
+        self.counts.chunks((self.counts.len() / self.codebooks.max(1)).max(1))
+    }
+
+    /// Adds another histogram of the same codebooks.
     pub fn add(&mut self, other: &Self) {
         for (count, more) in self.counts.iter_mut().zip(&other.counts) {
             *count += more;
         }
     }
 
-    /// Codes that were chosen at least once.
+    /// Codes that were chosen at least once, over all codebooks.
     pub fn codes_in_use(&self) -> usize {
         self.counts.iter().filter(|&&count| count > 0).count()
     }
 
     /// exp of the entropy (in nats) of the codes' frequencies: 1 if one code does it all, K if all
-    /// are equally frequent; 0 if nothing was counted.
+    /// are equally frequent; 0 if nothing was counted. Of several codebooks the geometric mean, so that
+    /// G·ln of it is the sum of their entropies.
     pub fn perplexity(&self) -> f64 {
-        let total: u64 = self.counts.iter().sum();
-        if total == 0 {
-            return 0.0;
+        let entropies: Option<Vec<f64>> = self.by_codebook().map(entropy).collect();
+        match entropies {
+            Some(entropies) if !entropies.is_empty() => {
+                (entropies.iter().sum::<f64>() / entropies.len() as f64).exp()
+            }
+            _ => 0.0,
         }
-        let entropy: f64 = self
-            .counts
-            .iter()
-            .filter(|&&count| count > 0)
-            .map(|&count| count as f64 / total as f64)
-            .map(|frequency| -frequency * frequency.ln())
-            .sum();
-        entropy.exp()
     }
 
-    /// Whether the codebook has collapsed: under a tenth of the codes in use, or a perplexity under
-    /// a twentieth of their number. An empty histogram has not.
-    pub fn has_collapsed(&self) -> bool {
-        let size = self.counts.len();
-        let used = self.codes_in_use();
-        size > 1
-            && used > 0
-            && (used == 1 || used * 10 < size || self.perplexity() * 20.0 < size as f64)
+    /// The perplexity of each codebook.
+    pub fn perplexities(&self) -> Vec<f64> {
+        self.by_codebook().map(|counts| entropy(counts).map_or(0.0, f64::exp)).collect()
     }
+
+    /// Whether a codebook has collapsed: under a tenth of its codes in use, or a perplexity under a
+    /// twentieth of their number. An empty histogram has not.
+    pub fn has_collapsed(&self) -> bool {
+        self.by_codebook().any(|counts| {
+            let size = counts.len();
+            let used = counts.iter().filter(|&&count| count > 0).count();
+            let perplexity = entropy(counts).map_or(0.0, f64::exp);
+            size > 1
+                && used > 0
+                && (used == 1 || used * 10 < size || perplexity * 20.0 < size as f64)
+        })
+    }
+}
+
+/// The entropy of the frequencies in nats; none if nothing was counted.
+fn entropy(counts: &[u64]) -> Option<f64> {
+    let total: u64 = counts.iter().sum();
+    let share = |&count: &u64| count as f64 / total as f64;
+    let counted = counts.iter().filter(|&&count| count > 0);
+    (total > 0).then(|| counted.map(share).map(|p| -p * p.ln()).sum())
 }
 
 #[cfg(test)]
@@ -182,6 +219,28 @@ mod tests {
         skewed.count(&(0..512).collect::<Vec<u32>>());
         skewed.counts[0] = 1_000_000;
         assert!(skewed.has_collapsed());
+    }
+
+    #[test]
+    fn several_codebooks_are_counted_apart() {
+        let mut usage = Usage::with_codebooks(2, 4);
+        // Positions of two codes each: the first codebook uses 0 and 1, the second 3 alone.
+        usage.count(&[0, 3, 1, 3, 0, 3, 1, 3]);
+        let counts: Vec<&[u64]> = usage.by_codebook().collect();
+        assert_eq!(counts, [[2, 2, 0, 0], [0, 0, 0, 4]]);
+        let [first, second] = usage.perplexities()[..] else { panic!("two codebooks") };
+        assert!((first - 2.0).abs() < 1e-12 && (second - 1.0).abs() < 1e-12);
+        assert!((usage.perplexity() - 2f64.sqrt()).abs() < 1e-12);
+        assert_eq!(usage.codes_in_use(), 3);
+        assert!(usage.has_collapsed(), "the second has");
+        // A code that is out of range is not one of the next codebook.
+        usage.count(&[4, 0]);
+        assert_eq!(usage.counts, [2, 2, 0, 0, 1, 0, 0, 4]);
+        let text = serde_json::to_string(&usage).unwrap();
+        assert_eq!(serde_json::from_str::<Usage>(&text).unwrap(), usage);
+        // As one codebook was stored before there could be several.
+        let old: Usage = serde_json::from_str(r#"{"counts":[1,2]}"#).unwrap();
+        assert_eq!((old.codebooks, old.counts), (1, vec![1, 2]));
     }
 
     #[test]

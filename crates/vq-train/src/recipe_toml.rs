@@ -5,8 +5,13 @@ use std::path::Path;
 
 use serde::Deserialize;
 use toml::{Table, Value};
+use vq_model::QuantizerKind;
 
 use crate::{Error, Recipe, Result, file};
+
+/// The table whose keys depend on its [`KIND`].
+const QUANTIZER: &str = "quantizer";
+const KIND: &str = "kind";
 
 /// What the data position depends on, beside the model's keys.
 const FIXED: [&str; 5] =
@@ -99,7 +104,14 @@ impl Recipe {
 fn merge(base: &mut Table, over: Table) {
     for (key, value) in over {
         match (base.get_mut(&key), value) {
-            (Some(Value::Table(below)), Value::Table(above)) => merge(below, above),
+            (Some(Value::Table(below)), Value::Table(above)) => {
+                if key == QUANTIZER
+                    && let Some(Value::String(kind)) = above.get(KIND)
+                {
+                    change_kind(below, kind);
+                }
+                merge(below, above);
+            }
             (Some(Value::Array(below)), Value::Array(above))
                 if below.iter().all(Value::is_table) =>
             {
@@ -122,6 +134,14 @@ fn merge_levels(below: &[Value], above: Vec<Value>) -> Vec<Value> {
         (_, value) => value,
     };
     above.into_iter().enumerate().map(level).collect()
+}
+
+/// Takes the keys out of a quantizer's table that its new kind does not have: they are the old one's
+/// settings, not what somebody asks of the new one.
+fn change_kind(quantizer: &mut Table, kind: &str) {
+    if let Some(kind) = QuantizerKind::from_name(kind) {
+        quantizer.retain(|key, _| key == KIND || kind.has_key(key));
+    }
 }
 
 /// Puts `value` at the dotted `key`.
@@ -147,7 +167,14 @@ fn set(target: &mut Value, key: &str, value: Value) -> std::result::Result<(), S
         _ => return Err(format!("nothing lies below a single value, so there is no `{first}`")),
     };
     match (slot, rest) {
-        (Some(slot), Some(rest)) => set(slot, rest, value),
+        (Some(slot), Some(rest)) => {
+            if let (QUANTIZER, KIND, Value::Table(table), Value::String(kind)) =
+                (first, rest, &mut *slot, &value)
+            {
+                change_kind(table, kind);
+            }
+            set(slot, rest, value)
+        }
         (Some(slot), None) => {
             *slot = value;
             Ok(())

@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use candle_core::{Device, Tensor, Var};
 use vq_data::{Batch, Dataset, Loader, LoaderOptions, Splits};
-use vq_model::{CodebookRule, CodebookUpdate, Codes, Config, VqVae};
+use vq_model::{CodebookRule, CodebookUpdate, Codes, Config, TrainingStep, VqVae};
 
 use crate::evaluate::{count_codes, data_normalization, empty_usage};
 use crate::loss::Loss;
@@ -95,9 +95,10 @@ impl Trainable for Tokenizer {
         self.model.parameters()
     }
 
-    /// Weights of convolutions; neither biases nor codebooks, which a pull to zero would only harm.
+    /// Weights of convolutions; neither biases nor what code vectors are made of, which a pull to zero
+    /// would only harm.
     fn decays(&self, name: &str, parameter: &Var) -> bool {
-        parameter.rank() > 1 && !name.ends_with(".codebook")
+        parameter.rank() > 1 && !name.contains(".quantizer.")
     }
 
     /// k-means on the encoder's outputs for the first batches.
@@ -124,9 +125,10 @@ impl Trainable for Tokenizer {
         Ok(self.model.initialize_codebooks(&pools, rounds, self.config.seed)?)
     }
 
-    fn forward(&self, batch: &Batch) -> Result<Forward<Residue>> {
+    fn forward(&self, batch: &Batch, step: u64) -> Result<Forward<Residue>> {
         let images = batch.images.to_device(self.model.device())?;
-        let output = self.model.forward(&images)?;
+        let step = TrainingStep { seed: self.config.seed, step };
+        let output = self.model.forward_training(&images, step)?;
         let (loss, terms) = self.loss.of(&output, &images)?;
         let mut usage = empty_usage(&self.model);
         count_codes(&mut usage, &output.codes.levels)?;
@@ -167,6 +169,10 @@ impl Trainable for Tokenizer {
         let tokens = self.tokens_per_step().unwrap_or_default();
         let mut concerns = Vec::new();
         for (index, (level, tokens)) in self.model.config().levels.iter().zip(tokens).enumerate() {
+            // Only these have codes that die.
+            if !level.quantizer.kind.has_key("rule") {
+                continue;
+            }
             let mean = tokens as f64 / level.quantizer.codebook_size as f64;
             concerns.extend(revival_concern(threshold, mean, level.quantizer.decay).map(
                 |problem| {
@@ -180,11 +186,23 @@ impl Trainable for Tokenizer {
     }
 
     fn collapse_advice(&self, level: usize) -> String {
-        let quantizer = format!("model.levels.{level}.quantizer");
-        let rule = self.model.config().levels.get(level).map(|level| level.quantizer.rule);
+        let key = format!("model.levels.{level}.quantizer");
+        let quantizer = self.model.config().levels.get(level).map(|level| &level.quantizer);
+        if let Some(quantizer) = quantizer.filter(|quantizer| !quantizer.kind.has_key("rule")) {
+            return if quantizer.kind.has_key("entropy_weight") {
+                format!(
+                    "try a lower train.beta, such as 0.25, a higher {key}.entropy_weight or \
+                     {key}.diversity, or a lower train.lr"
+                )
+            } else {
+                format!(
+                    "try a lower train.lr, a longer train.warmup_steps, or fewer codes of {key}"
+                )
+            };
+        }
         let mut advice = Vec::new();
-        if rule == Some(CodebookRule::Gradient) {
-            advice.push(format!("{quantizer}.rule = \"ema\""));
+        if quantizer.is_some_and(|quantizer| quantizer.rule == CodebookRule::Gradient) {
+            advice.push(format!("{key}.rule = \"ema\""));
         }
         if self.config.kmeans.rounds == 0 {
             advice.push("train.kmeans.rounds = 10".to_owned());
@@ -195,7 +213,7 @@ impl Trainable for Tokenizer {
         if advice.is_empty() {
             return format!(
                 "revival may still mend it; otherwise try a lower train.lr, a longer \
-                 train.warmup_steps, a lower {quantizer}.decay or a smaller {quantizer}.codebook_size"
+                 train.warmup_steps, a lower {key}.decay or a smaller {key}.codebook_size"
             );
         }
         format!("set {}, as in the recipe cifar10", advice.join(", "))

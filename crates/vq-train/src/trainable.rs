@@ -39,8 +39,8 @@ pub trait Trainable {
     /// Called once, before the first step of a run, e.g. to place the codes by k-means.
     fn prepare(&mut self) -> Result<()>;
 
-    /// The loss of a batch.
-    fn forward(&self, batch: &Self::Batch) -> Result<Forward<Self::Residue>>;
+    /// The loss of a batch in a step (numbered from 1), on which alone depends what is random in it.
+    fn forward(&self, batch: &Self::Batch, step: u64) -> Result<Forward<Self::Residue>>;
 
     /// Called after the optimizer's step (numbered from 1), e.g. to move an EMA codebook.
     fn update(&mut self, residue: Self::Residue, step: u64) -> Result<Update>;

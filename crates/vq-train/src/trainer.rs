@@ -127,7 +127,7 @@ impl<T: Trainable> Trainer<T> {
 
     fn step(&mut self, batch: &T::Batch) -> Result<()> {
         let step = self.progress.step + 1;
-        let forward = self.task.forward(batch).map_err(|error| self.explain(step, error))?;
+        let forward = self.task.forward(batch, step).map_err(|error| self.explain(step, error))?;
         let Forward { loss, terms, examples, usage, residue } = forward;
         self.require_finite_loss(step, &terms)?;
         let gradients = loss.backward()?;

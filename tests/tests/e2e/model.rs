@@ -6,7 +6,7 @@ use std::path::Path;
 use image::{RgbImage, imageops};
 use serde_json::Value;
 
-use crate::support::{fail, names, picture, succeed, trained};
+use crate::support::{fail, names, picture, succeed, train, trained};
 
 /// `--model` of the trained run, for a command that runs elsewhere.
 fn model() -> String {
@@ -150,4 +150,47 @@ fn the_embedded_recipes_are_listed_and_printed() {
         assert_eq!(printed.trim_end(), fs::read_to_string(file).unwrap().trim_end());
     }
     fail(folder.path(), ["configs", "imagenet"], &["imagenet", "cifar10-paper"]);
+}
+
+#[test]
+fn a_model_with_several_codes_at_each_position_goes_all_the_way() {
+    let folder = tempfile::tempdir().unwrap();
+    let kind = "--set=model.levels.0.quantizer.kind=residual";
+    let stages = "--set=model.levels.0.quantizer.stages=3";
+    let mut args =
+        train("run", &[kind, stages, "--set=model.levels.0.quantizer.quantizer_dropout=0.5"]);
+    args.retain(|arg| *arg != "--epochs=2");
+    args.push("--epochs=1");
+    succeed(folder.path(), args);
+    let path = |name: &str| folder.path().join(name);
+    for stage in 0..3 {
+        assert!(path(&format!("run/codebook-{stage}.svg")).is_file());
+    }
+    let said = succeed(folder.path(), ["inspect", "run"]);
+    for part in ["times 3 codes out of K = 16, D = 4, rule ema", "kind residual", "192 bits"] {
+        assert!(said.out.contains(part), "`{part}` is missing: {said:?}");
+    }
+    let said = succeed(folder.path(), ["eval", "--model=run", "--out=eval"]);
+    assert!(said.out.contains("perplexity/2"), "{said:?}");
+    assert!(path("eval/eval_codebook-2.svg").is_file());
+
+    picture(&path("a.png"), 24, 16);
+    succeed(folder.path(), ["reconstruct", "--model=run", "a.png", "--out=recon"]);
+    succeed(folder.path(), ["encode", "--model=run", "a.png", "--out=codes.npy"]);
+    succeed(folder.path(), ["encode", "--model=run", "a.png", "--out=codes.safetensors"]);
+    succeed(folder.path(), ["decode", "codes.npy", "--model=run", "--out=numbered"]);
+    succeed(folder.path(), ["decode", "codes.safetensors", "--model=run", "--out=named"]);
+    let both = open(path("recon/a_recon.png"));
+    let reconstruction = imageops::crop_imm(&both, 26, 0, 24, 16).to_image();
+    assert_eq!(open(path("named/a_decoded.png")), reconstruction);
+    assert_eq!(open(path("numbered/00000_decoded.png")), reconstruction);
+
+    // The first stages alone, as another program may write them.
+    let codes = candle_core::Tensor::read_npy(path("codes.npy")).unwrap();
+    assert_eq!(codes.dims(), [1, 4, 6, 3]);
+    codes.narrow(3, 0, 2).unwrap().contiguous().unwrap().write_npy(path("two.npy")).unwrap();
+    succeed(folder.path(), ["decode", "two.npy", "--model=run", "--out=two"]);
+    assert_ne!(open(path("two/00000_decoded.png")), reconstruction);
+    codes.narrow(3, 0, 1).unwrap().squeeze(3).unwrap().write_npy(path("flat.npy")).unwrap();
+    fail(folder.path(), ["decode", "flat.npy", "--model=run"], &["[B, h, w, 3]", "[1, 4, 6]"]);
 }

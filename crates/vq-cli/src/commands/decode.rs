@@ -15,7 +15,8 @@ use crate::{file, images, output};
 /// Turn codes back into images.
 #[derive(Debug, Args)]
 pub(crate) struct DecodeArgs {
-    /// A file that `vq encode` wrote, or an .npy array of integers [N, h, w].
+    /// A file that `vq encode` wrote, or an .npy array of integers [N, h, w] ([N, h, w, G] for G
+    /// codes at each position; the first stages of a residual quantizer's will do).
     codes: PathBuf,
 
     /// The model: a run's folder (its best checkpoint), a checkpoint's or a model's.

@@ -10,13 +10,13 @@ use vq_data::pixel_variance;
 use vq_train::{
     DataConfig, EvaluateOptions, Evaluation, RECIPE_FILE, Recipe, evaluate, resolve_model,
 };
-use vq_viz::{image_grid, save_codebook_usage, save_png};
+use vq_viz::{image_grid, save_png};
 
 use crate::cli::LogFormat;
 use crate::compute::ComputeArgs;
 use crate::data_args::DataArgs;
 use crate::error::{Error, Result};
-use crate::observers::{GRID_COLUMNS, GRID_PADDING};
+use crate::observers::{GRID_COLUMNS, GRID_PADDING, save_usage};
 use crate::{file, output};
 
 /// Judge a model on a data set: MSE, PSNR, SSIM, perplexity, codes in use.
@@ -114,7 +114,7 @@ fn pictures(out: &Path, evaluation: &Evaluation) -> Result<()> {
         }
     }
     if let Some(usage) = evaluation.usage.first() {
-        save_codebook_usage(&out.join("eval_codebook.svg"), "Codebook usage", &usage.counts)?;
+        save_usage(&out.join("eval_codebook"), "Codebook usage", usage)?;
     }
     Ok(())
 }

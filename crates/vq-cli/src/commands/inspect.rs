@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use candle_core::Device;
 use clap::Args;
 use serde_json::{Value, json};
-use vq_model::VqVae;
+use vq_model::{QuantizerConfig, QuantizerKind, VqVae};
 use vq_train::{Progress, TRAINING_FILE, read_progress, resolve_model};
 
 use crate::cli::LogFormat;
@@ -66,13 +66,7 @@ fn describe(model: &VqVae) -> Result<()> {
         config.levels.iter().zip(config.grids(height, width)?).enumerate()
     {
         let quantizer = &level.quantizer;
-        output::line(format!(
-            "level {index}       {h}×{w} codes out of K = {}, D = {}, rule {}, {}",
-            quantizer.codebook_size,
-            quantizer.dim,
-            text(&json!(quantizer.rule)),
-            text(&json!(quantizer.gradient_estimator)),
-        ))?;
+        output::line(format!("level {index}       {h}×{w} {}", codes(quantizer)))?;
         output::line(format!(
             "              downsampling {}, {} hidden channels, {} residual blocks of {}",
             level.downsample, level.hidden, level.residual_blocks, level.residual_hidden
@@ -92,6 +86,30 @@ fn describe(model: &VqVae) -> Result<()> {
         [] => Ok(()),
         names => output::line(format!("classes       {}", names.join(", "))),
     }
+}
+
+/// What a level's codes are, e.g. `codes out of K = 512, D = 64, rule ema, straight-through`.
+fn codes(quantizer: &QuantizerConfig) -> String {
+    let kind = quantizer.kind;
+    let each = match quantizer.codes_per_position() {
+        1 => "codes".to_owned(),
+        count => format!("times {count} codes"),
+    };
+    let mut parts =
+        vec![format!("{each} out of K = {}, D = {}", quantizer.codebook_size, quantizer.dim)];
+    if kind.has_key("rule") {
+        parts.push(format!("rule {}", text(&json!(quantizer.rule))));
+    }
+    if kind.has_key("gradient_estimator") {
+        parts.push(text(&json!(quantizer.gradient_estimator)));
+    }
+    if kind.has_key("levels") {
+        parts.push(format!("levels {:?}", quantizer.levels));
+    }
+    if kind != QuantizerKind::Vector {
+        parts.push(format!("kind {}", kind.name()));
+    }
+    parts.join(", ")
 }
 
 fn training(progress: &Progress) -> Result<()> {

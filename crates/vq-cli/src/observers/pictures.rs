@@ -1,6 +1,6 @@
 //! Pictures in the run folder.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 use vq_train::{EpochRecord, Event, Observer, RunFolder, Usage, read_metrics};
@@ -52,13 +52,13 @@ impl Pictures {
     fn usage(&self) -> Result<()> {
         for (level, usage) in self.usage.iter().enumerate() {
             let (file, title) = match level {
-                0 => ("codebook.svg".to_owned(), "Codebook usage on the test split".to_owned()),
+                0 => ("codebook".to_owned(), "Codebook usage on the test split".to_owned()),
                 _ => (
-                    format!("codebook.{level}.svg"),
+                    format!("codebook.{level}"),
                     format!("Codebook usage on the test split, level {level}"),
                 ),
             };
-            save_codebook_usage(&self.folder.join(file), &title, &usage.counts)?;
+            save_usage(&self.folder.join(file), &title, usage)?;
         }
         Ok(())
     }
@@ -83,7 +83,7 @@ impl Pictures {
             Series::new(label, history.iter().filter_map(point).collect())
         };
         // A codebook that is not trained by gradients has no loss.
-        let losses = ["loss", "reconstruction", "codebook", "commitment"].map(by_step);
+        let losses = ["loss", "reconstruction", "codebook", "commitment", "entropy"].map(by_step);
         let losses =
             losses.into_iter().filter(|series| series.points.iter().any(|(_, y)| *y > 0.0));
         let codes = [
@@ -100,6 +100,20 @@ impl Pictures {
         save_curves(&self.folder.join("curves.svg"), "Training", &panels)?;
         Ok(())
     }
+}
+
+/// `PATH.svg`, or `PATH-0.svg`, `PATH-1.svg`, … of each of several codebooks.
+pub(crate) fn save_usage(path: &Path, title: &str, usage: &Usage) -> Result<()> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    for (codebook, counts) in usage.by_codebook().enumerate() {
+        let (file, title) = if usage.codebooks > 1 {
+            (format!("{name}-{codebook}.svg"), format!("{title}, codebook {codebook}"))
+        } else {
+            (format!("{name}.svg"), title.to_owned())
+        };
+        save_codebook_usage(&path.with_file_name(file), &title, counts)?;
+    }
+    Ok(())
 }
 
 impl Observer for Pictures {

@@ -4,7 +4,17 @@ use candle_core::{D, DType, Tensor};
 
 use vq_ops::replace_value;
 
-use crate::Result;
+use crate::{GradientEstimator, Result};
+
+impl GradientEstimator {
+    /// `z_e` and `e`, both `[N,D]`, to `e` exactly, with this gradient for `z_e`.
+    pub(super) fn apply(self, z_e: &Tensor, e: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::StraightThrough => straight_through(z_e, e),
+            Self::Rotation => rotation(z_e, e),
+        }
+    }
+}
 
 /// The straight-through estimator (van den Oord et al. 2017, section 3.2): `z_e` and `e`, both
 /// `[…,D]`, to `e` exactly, with ∂L/∂`z_e` = ∂L/∂`z_q` exactly. `e` receives no gradient.

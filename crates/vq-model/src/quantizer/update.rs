@@ -19,13 +19,16 @@ pub struct CodebookUpdate {
     pub seed: u64,
 }
 
-/// What an update did to one level's codebook.
+/// What an update did to one codebook.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CodebookReport {
     /// How often each of the K codes was chosen in this step.
     pub counts: Vec<u64>,
     /// The codes that were moved onto vectors of the batch, in ascending order.
     pub revived: Vec<usize>,
+    /// Which codebook it was, e.g. `levels.0.quantizer` or `levels.0.quantizer.stages.1`: what the names of
+    /// its tensors begin with.
+    pub codebook: String,
     /// With the rule `gradient`: the name of the codebook's parameter. The optimizer must set its
     /// moments of the revived rows to zero.
     pub parameter: Option<String>,
@@ -96,7 +99,7 @@ pub(super) fn update(
         CodebookRule::Ema => None,
     };
     let counts = counts.to_vec1::<f32>()?.into_iter().map(|count| count as u64).collect();
-    Ok(CodebookReport { counts, revived, parameter })
+    Ok(CodebookReport { counts, revived, codebook: quantizer.name.clone(), parameter })
 }
 
 /// v ← γv + (1 − γ)x

@@ -4,9 +4,9 @@ use candle_core::{D, Tensor, Var};
 use vq_ops::{nearest_codes, squared_error};
 
 use super::{CodebookReport, CodebookUpdate, Quantized, Quantizer};
-use super::{kmeans, rotation, straight_through, update};
+use super::{kmeans, rows, unflatten, update, zero_like};
 use crate::part::Builder;
-use crate::{CodebookRule, Error, GradientEstimator, QuantizerConfig, Result};
+use crate::{CodebookRule, QuantizerConfig, Result};
 
 /// Replaces each vector by the nearest of K code vectors e (van den Oord et al. 2017, eq. 1 and 2).
 #[derive(Debug)]
@@ -50,13 +50,7 @@ impl VectorQuantizer {
 
     /// `[…,D]` to `[N,D]`, of length 1 if `cosine`. Differentiable.
     fn flatten(&self, z_e: &Tensor) -> Result<Tensor> {
-        let dim = self.config.dim;
-        match z_e.dims().last() {
-            Some(&last) if last == dim => self.scaled(&z_e.reshape(((), dim))?),
-            _ => {
-                Err(Error::Input(format!("{} takes [.., {dim}], got {:?}", self.name, z_e.dims())))
-            }
-        }
+        self.scaled(&rows(&self.name, z_e, self.config.dim)?)
     }
 
     /// [`flatten`](Self::flatten) without a gradient: what codes are chosen by and averages are of.
@@ -74,9 +68,27 @@ impl VectorQuantizer {
         Ok(rows.broadcast_div(&norm)?)
     }
 
-    /// `[N]`
-    fn nearest(&self, z_e: &Tensor) -> Result<Tensor> {
+    /// The codes `[N]` of `z_e` `[…,D]`.
+    pub(super) fn nearest(&self, z_e: &Tensor) -> Result<Tensor> {
         Ok(nearest_codes(&self.vectors(z_e)?, &self.codebook()?)?)
+    }
+
+    /// The vectors `[N,D]` of `codes` `[N]`: as what the codebook is trained by (rule `gradient` only), and
+    /// detached.
+    pub(super) fn lookup(&self, codes: &Tensor) -> Result<(Option<Tensor>, Tensor)> {
+        match self.config.rule {
+            CodebookRule::Gradient => {
+                let e = self.scaled(&self.codebook.index_select(codes, 0)?)?;
+                let detached = e.detach();
+                Ok((Some(e), detached))
+            }
+            CodebookRule::Ema => Ok((None, self.codebook()?.index_select(codes, 0)?)),
+        }
+    }
+
+    /// All code vectors `[K,D]`, detached; of length 1 if `cosine`.
+    pub(super) fn codebook(&self) -> Result<Tensor> {
+        self.scaled(&self.codebook.as_detached_tensor())
     }
 }
 
@@ -92,26 +104,19 @@ impl Quantizer for VectorQuantizer {
     fn quantize(&self, z_e: &Tensor) -> Result<Quantized> {
         let flat = self.flatten(z_e)?;
         let codes = self.nearest(z_e)?;
-        let (codebook_loss, e) = match self.config.rule {
-            CodebookRule::Gradient => {
-                let e = self.scaled(&self.codebook.index_select(&codes, 0)?)?;
-                (squared_error(&flat.detach(), &e)?, e.detach())
-            }
-            CodebookRule::Ema => {
-                let e = self.codebook()?.index_select(&codes, 0)?;
-                (Tensor::zeros((), e.dtype(), e.device())?, e)
-            }
+        let (trained, e) = self.lookup(&codes)?;
+        let codebook_loss = match &trained {
+            Some(trained) => squared_error(&flat.detach(), trained)?,
+            None => zero_like(&e)?,
         };
-        let z_q = match self.config.gradient_estimator {
-            GradientEstimator::StraightThrough => straight_through(&flat, &e)?,
-            GradientEstimator::Rotation => rotation(&flat, &e)?,
-        };
+        let z_q = self.config.gradient_estimator.apply(&flat, &e)?;
         let (b, h, w, _) = z_e.dims4()?;
         Ok(Quantized {
             z_q: z_q.reshape(z_e.dims())?,
             codes: codes.reshape((b, h, w))?,
             codebook_loss,
             commitment_loss: squared_error(&flat, &e)?,
+            entropy_loss: None,
         })
     }
 
@@ -121,14 +126,11 @@ impl Quantizer for VectorQuantizer {
     }
 
     fn decode(&self, codes: &Tensor) -> Result<Tensor> {
-        let e = self.codebook()?.index_select(&codes.flatten_all()?, 0)?;
-        let mut shape = codes.dims().to_vec();
-        shape.push(self.config.dim);
-        Ok(e.reshape(shape)?)
+        unflatten(&self.codebook()?.index_select(&codes.flatten_all()?, 0)?, codes)
     }
 
-    fn codebook(&self) -> Result<Tensor> {
-        self.scaled(&self.codebook.as_detached_tensor())
+    fn codebooks(&self) -> Result<Vec<Tensor>> {
+        Ok(vec![self.codebook()?])
     }
 
     fn multiply_adds(&self, positions: usize) -> u64 {
@@ -149,7 +151,7 @@ impl Quantizer for VectorQuantizer {
         codes: &Tensor,
         options: &CodebookUpdate,
         step: u64,
-    ) -> Result<CodebookReport> {
-        update::update(self, z_e, codes, options, step)
+    ) -> Result<Vec<CodebookReport>> {
+        Ok(vec![update::update(self, z_e, codes, options, step)?])
     }
 }

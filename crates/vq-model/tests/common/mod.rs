@@ -4,7 +4,9 @@
 use candle_core::{Device, Tensor};
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
-use vq_model::{CodebookRule, Config, GradientEstimator, LevelConfig, QuantizerConfig, VqVae};
+use vq_model::{
+    CodebookRule, Config, GradientEstimator, LevelConfig, QuantizerConfig, QuantizerKind, VqVae,
+};
 
 /// 8×8 images of one level with 4×4 codes of 16.
 pub fn small() -> Config {
@@ -50,6 +52,50 @@ pub fn all_kinds() -> Vec<Config> {
         }
     }
     configs
+}
+
+/// A small quantizer of every kind, with every setting that changes how it works.
+pub fn every_quantizer() -> Vec<QuantizerConfig> {
+    use QuantizerKind::{IndexBackprop, Product, Residual, Sim};
+    let of = |kind: QuantizerKind| QuantizerConfig {
+        codebook_size: 16,
+        dim: 6,
+        groups: if kind == Product { 3 } else { 2 },
+        stages: if kind == Residual { 3 } else { 4 },
+        ..QuantizerConfig::of(kind)
+    };
+    let mut all: Vec<QuantizerConfig> =
+        all_kinds().into_iter().skip(1).map(|config| config.levels[0].quantizer.clone()).collect();
+    for rule in [CodebookRule::Gradient, CodebookRule::Ema] {
+        all.push(QuantizerConfig { rule, ..of(Product) });
+        all.push(QuantizerConfig { rule, quantizer_dropout: 0.5, ..of(Residual) });
+    }
+    let rotation = GradientEstimator::Rotation;
+    all.push(QuantizerConfig { cosine: true, gradient_estimator: rotation, ..of(Product) });
+    all.push(QuantizerConfig { gradient_estimator: rotation, ..of(Residual) });
+    all.push(QuantizerConfig { groups: 1, ..of(Product) });
+    all.push(QuantizerConfig { stages: 1, ..of(Residual) });
+    all.extend(
+        [&[8, 6, 5][..], &[2, 2, 2, 2], &[3], &[7, 4, 2]].map(QuantizerConfig::finite_scalar),
+    );
+    for bits in [1, 6, 11] {
+        all.push(QuantizerConfig::lookup_free(bits));
+        all.push(QuantizerConfig::binary_spherical(bits));
+    }
+    all.push(QuantizerConfig { entropy_group: 3, ..QuantizerConfig::lookup_free(7) });
+    all.push(QuantizerConfig { entropy_weight: 0.0, ..QuantizerConfig::lookup_free(4) });
+    all.push(QuantizerConfig { diversity: 0.0, ..QuantizerConfig::binary_spherical(4) });
+    all.push(of(Sim));
+    all.push(QuantizerConfig { gradient_estimator: rotation, ..of(Sim) });
+    all.push(of(IndexBackprop));
+    all
+}
+
+/// [`small`] with that quantizer.
+pub fn small_of(quantizer: &QuantizerConfig) -> Config {
+    let mut config = small();
+    config.levels[0].quantizer = quantizer.clone();
+    config
 }
 
 /// A model whose codes are spread among the outputs of its encoders.

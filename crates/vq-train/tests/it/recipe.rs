@@ -211,3 +211,42 @@ fn a_resumed_run_may_change_what_the_position_does_not_depend_on() {
     let two = Recipe::from_toml("[[model.levels]]\n[[model.levels]]\ndownsample = 2", "t").unwrap();
     assert!(two.check_resume(&was).unwrap_err().to_string().contains("model.levels.1."));
 }
+
+#[test]
+fn another_kind_of_quantizer_leaves_the_old_ones_keys_behind() {
+    let text = "[[model.levels]]\nquantizer = { kind = 'finite-scalar', levels = [8, 5] }";
+    let written = Recipe::from_toml(text, "test").unwrap();
+    written.validate().unwrap();
+    let default = Recipe::default();
+    let set = default
+        .with_override("model.levels.0.quantizer.kind=finite-scalar")
+        .and_then(|recipe| recipe.with_override("model.levels.0.quantizer.levels=[8, 5]"))
+        .unwrap();
+    assert_eq!(written, set);
+    assert_eq!(set.model.levels[0].quantizer, vq_model::QuantizerConfig::finite_scalar(&[8, 5]));
+    assert_eq!(Recipe::from_toml(&set.to_toml().unwrap(), "test").unwrap(), set);
+    // What both kinds have stays.
+    let product = default.with_override("model.levels.0.quantizer.kind=product").unwrap();
+    product.validate().unwrap();
+    let quantizer = &product.model.levels[0].quantizer;
+    assert_eq!((quantizer.rule, quantizer.groups), (CodebookRule::Ema, 2));
+    // A key that the kind does not have is refused where it is written.
+    let text = "[[model.levels]]\nquantizer = { kind = 'sim', rule = 'ema' }";
+    let message = Recipe::from_toml(text, "test").unwrap_err().to_string();
+    assert!(message.contains("`rule`") && message.contains("`sim`"), "{message}");
+    assert!(message.contains("line 2"), "{message}");
+    let message = set.with_override("model.levels.0.quantizer.rule=ema").unwrap_err().to_string();
+    assert!(message.contains("rule"), "{message}");
+    let message =
+        default.with_override("model.levels.0.quantizer.kind=fsq").unwrap_err().to_string();
+    assert!(message.contains("finite-scalar"), "{message}");
+    // A run does not go on with another kind.
+    let message = set.check_resume(&default).unwrap_err().to_string();
+    assert!(message.contains("model.levels.0.quantizer."), "{message}");
+    // A second level on a copy of the first may be of another kind.
+    let text = "[[model.levels]]\n[[model.levels]]\ndownsample = 2\nquantizer.kind = 'lookup-free'";
+    let two = Recipe::from_toml(text, "test").unwrap();
+    two.validate().unwrap();
+    assert_eq!(two.model.levels[0].quantizer.rule, CodebookRule::Ema);
+    assert_eq!(two.model.levels[1].quantizer, vq_model::QuantizerConfig::lookup_free(9));
+}

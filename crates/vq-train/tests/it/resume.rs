@@ -21,6 +21,32 @@ const RULES: [&[&str]; 4] = [
     ],
 ];
 
+/// A recipe of every other kind of quantizer, and of what is random about it.
+const KINDS: [&[&str]; 8] = [
+    &["model.levels.0.quantizer.kind=product", "train.revival.threshold=0.6"],
+    &[
+        "model.levels.0.quantizer.kind=product",
+        "model.levels.0.quantizer.rule=gradient",
+        "train.revival.threshold=0.6",
+        "train.weight_ema=0.9",
+    ],
+    &[
+        "model.levels.0.quantizer.kind=residual",
+        "model.levels.0.quantizer.stages=3",
+        "model.levels.0.quantizer.quantizer_dropout=0.5",
+        "train.revival.threshold=0.6",
+    ],
+    &[
+        "model.levels.0.quantizer.kind=finite-scalar",
+        "model.levels.0.quantizer.levels=[5, 4, 2]",
+        "train.weight_ema=0.9",
+    ],
+    &["model.levels.0.quantizer.kind=lookup-free", "model.levels.0.quantizer.bits=5"],
+    &["model.levels.0.quantizer.kind=binary-spherical", "model.levels.0.quantizer.bits=5"],
+    &["model.levels.0.quantizer.kind=sim", "train.weight_ema=0.9"],
+    &["model.levels.0.quantizer.kind=index-backprop"],
+];
+
 /// Interrupts after `step`, then resumes to the end.
 fn in_two_parts(recipe: &Recipe, run: &Path, step: u64) {
     let stop = Arc::new(AtomicBool::new(false));
@@ -59,9 +85,24 @@ fn resuming_continues_to_the_bit() {
 }
 
 #[test]
+fn resuming_continues_to_the_bit_with_every_quantizer() {
+    let folder = tempfile::tempdir().unwrap();
+    for (index, kind) in KINDS.iter().enumerate() {
+        let recipe = recipe(kind);
+        let straight = folder.path().join(format!("straight-{index}"));
+        train(&recipe, &straight);
+        for step in [7, 10] {
+            let parts = folder.path().join(format!("parts-{index}-{step}"));
+            in_two_parts(&recipe, &parts, step);
+            assert_same(&straight, &parts, &format!("{kind:?}, interrupted at step {step}"));
+        }
+    }
+}
+
+#[test]
 fn the_number_of_threads_does_not_matter() {
     let folder = tempfile::tempdir().unwrap();
-    for (index, rule) in RULES.iter().enumerate() {
+    for (index, rule) in RULES.iter().chain(&KINDS).enumerate() {
         let recipe = recipe(rule);
         let run = |threads: usize| {
             let run = folder.path().join(format!("{index}-{threads}"));

@@ -67,7 +67,7 @@ impl Trainable for Toy {
         Ok(())
     }
 
-    fn forward(&self, (): &()) -> Result<Forward<f32>> {
+    fn forward(&self, (): &(), _: u64) -> Result<Forward<f32>> {
         self.note("forward");
         let loss = (self.parameters["weight"].affine(1.0, -1.0)?.sqr()?.sum_all()? * self.scale)?;
         let loss = (loss + (self.parameters["codebook"].sum_all()? * 1e-30)?)?;

@@ -180,3 +180,70 @@ fn the_picture_images_are_the_same_in_every_epoch() {
     assert_eq!(seen.len(), 3);
     assert!(seen[0] == seen[1] && seen[1] == seen[2]);
 }
+
+#[test]
+fn every_quantizer_trains_and_reports_its_terms_and_each_of_its_codebooks() {
+    for (kind, more) in [
+        ("product", None),
+        ("residual", None),
+        ("finite-scalar", Some("model.levels.0.quantizer.levels=[5, 4]")),
+        ("lookup-free", Some("model.levels.0.quantizer.bits=4")),
+        ("binary-spherical", Some("model.levels.0.quantizer.bits=4")),
+        ("sim", None),
+        ("index-backprop", None),
+    ] {
+        let kind_key = format!("model.levels.0.quantizer.kind={kind}");
+        let overrides: Vec<&str> = [kind_key.as_str(), "train.epochs=2", "train.beta=0.25"]
+            .into_iter()
+            .chain(more)
+            .collect();
+        let run = tempfile::tempdir().unwrap();
+        let memory = Memory::default();
+        let recipe = recipe(&overrides);
+        let mut trainer = trainer(&recipe, run.path()).unwrap().with_observer(memory.clone());
+        assert_eq!(trainer.run().unwrap(), Outcome::Finished, "{kind}");
+        let quantizer = &recipe.model.levels[0].quantizer;
+        let has_entropy = quantizer.kind.has_key("entropy_weight");
+        for step in memory.all("step") {
+            let term = |name: &str| step[name].as_f64().unwrap();
+            let entropy = if has_entropy { term("entropy") } else { 0.0 };
+            assert_eq!(step["entropy"].is_number(), has_entropy, "{step}");
+            let terms =
+                [term("reconstruction"), term("codebook"), 0.25 * term("commitment"), entropy];
+            // An entropy loss may be negative, so that the sum is smaller than its terms.
+            let size: f64 = terms.iter().map(|term| term.abs()).sum();
+            assert!((term("loss") - terms.iter().sum::<f64>()).abs() < 1e-5 * size, "{step}");
+        }
+        let epochs = memory.all("epoch");
+        let test = &epochs[1]["test"];
+        let perplexity = test["perplexity"].as_f64().unwrap();
+        assert!(perplexity >= 1.0 && perplexity <= quantizer.codebook_size as f64, "{test}");
+        let count = quantizer.codes_per_position();
+        let each: Vec<f64> =
+            (0..8).map_while(|index| test[format!("perplexity/{index}")].as_f64()).collect();
+        assert_eq!(each.len(), if count > 1 { count } else { 0 }, "{kind}: {test}");
+        if count > 1 {
+            let mean = each.iter().map(|p| p.ln()).sum::<f64>() / count as f64;
+            assert!((perplexity.ln() - mean).abs() < 1e-9, "{test}");
+        }
+        load_model(run.path(), &Device::Cpu).unwrap();
+    }
+}
+
+/// A histogram is the only table of 2¹⁸ codes.
+#[test]
+fn a_quarter_of_a_million_implicit_codes_train() {
+    for (kind, more) in [
+        ("finite-scalar", "model.levels.0.quantizer.levels=[8, 8, 8, 8, 8, 8]"),
+        ("lookup-free", "model.levels.0.quantizer.bits=18"),
+    ] {
+        let kind = format!("model.levels.0.quantizer.kind={kind}");
+        let recipe = recipe(&[&kind, more, "train.epochs=1", "train.checkpoint_every_steps=2"]);
+        assert_eq!(recipe.model.levels[0].quantizer.codebook_size, 262_144);
+        let run = tempfile::tempdir().unwrap();
+        train(&recipe, run.path());
+        let model = load_model(run.path(), &Device::Cpu).unwrap();
+        let stored = model.tensors().values().map(candle_core::Tensor::elem_count).max().unwrap();
+        assert!(stored < 10_000, "{stored}");
+    }
+}
