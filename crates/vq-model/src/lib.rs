@@ -31,7 +31,7 @@ mod model;
 mod part;
 mod quantizer;
 mod random;
-mod store;
+pub mod store;
 
 pub use codes::Codes;
 pub use config::{
@@ -44,4 +44,5 @@ pub use quantizer::{
     CodebookReport, CodebookUpdate, Quantized, Quantizer, VectorQuantizer, rotation,
     straight_through,
 };
+pub use random::Stream;
 pub use store::{CONFIG_FILE, MODEL_FILE};
