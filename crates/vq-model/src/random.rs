@@ -28,6 +28,11 @@ impl Stream {
         (self.0.next_u64() >> 11) as f64 / (1u64 << 53) as f64
     }
 
+    /// A seed for what draws by itself.
+    pub fn next_seed(&mut self) -> u64 {
+        self.0.next_u64()
+    }
+
     /// Uniform in 0..n (n > 0).
     pub fn below(&mut self, n: usize) -> usize {
         // Lemire's multiply-shift; the bias is below n / 2⁶⁴.

@@ -5,8 +5,8 @@ use rayon::prelude::*;
 
 use crate::storage::f32_elements;
 
-/// `x` `[B, H, W, C]` → `[B, size[0], size[1], C]` with out[i, j] = x[i − offset[0], j − offset[1]], and zeros
-/// where that lies outside of `x`.
+/// `x` `[B, H, W, C]` → `[B, H', W', C]`, `size` = `[H', W']`, whose pixel (i, j) is that of `x` at
+/// `(i − offset[0], j − offset[1])`, or zeros where that lies outside of `x`.
 ///
 /// An offset of one with the same size is a shift (down, right); a larger size is padding on chosen
 /// sides. One pass each way on the CPU; differentiable.

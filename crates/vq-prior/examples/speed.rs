@@ -1,0 +1,74 @@
+//! How long a training step and sampling take, with and without the caches:
+//!
+//! ```text
+//! cargo run --release -p vq-prior --example speed -- pixelcnn|transformer [GRID] [BATCH]
+//! ```
+//!
+//! Without caches only a few codes are drawn, spread over the grid; every one of them costs the same.
+#![allow(clippy::print_stdout, reason = "an example shows what it does")]
+
+use std::time::Instant;
+
+use candle_core::Device;
+use vq_prior::{
+    Conditions, Config, Network, PixelCnnConfig, Prior, Result, SampleOptions, Training,
+    TransformerConfig,
+};
+
+fn main() -> Result<()> {
+    let mut arguments = std::env::args().skip(1);
+    let kind = arguments.next().unwrap_or_default();
+    let mut number = |default| arguments.next().and_then(|n| n.parse().ok()).unwrap_or(default);
+    let (side, batch): (usize, usize) = (number(32), number(1));
+    let network = if kind == "transformer" {
+        Network::Transformer(TransformerConfig::default())
+    } else {
+        Network::PixelCnn(PixelCnnConfig::default())
+    };
+    let config = Config { grid: [side, side], network, ..Config::default() };
+    let prior = Prior::new(&config, 0, &Device::Cpu)?;
+    let size: usize = prior.parameters().values().map(|var| var.elem_count()).sum();
+    println!("{size} parameters, grid {side}×{side}, batch {batch}");
+
+    let start = Instant::now();
+    let codes = prior.sample(batch, &Conditions::default(), &SampleOptions::default(), None)?;
+    let cached = start.elapsed().as_secs_f64();
+    println!("sampling with caches: {cached:.3} s");
+
+    let mut times = Vec::new();
+    let mut stepper = prior.recomputing_stepper(&Conditions::default(), batch)?;
+    for _ in 0..3 {
+        let start = Instant::now();
+        stepper.logits()?;
+        times.push(start.elapsed().as_secs_f64());
+        stepper.push(&vec![0; batch])?;
+    }
+    let each = median(&mut times);
+    let whole = each * config.codes_per_image() as f64;
+    println!(
+        "without: {each:.4} s a code, {whole:.1} s in all: {:.0} times as long",
+        whole / cached
+    );
+
+    let mut times = Vec::new();
+    for step in 0..5 {
+        let start = Instant::now();
+        let training = Training { seed: 0, step };
+        let loss = prior.loss(&codes, &Conditions::default(), training)?;
+        let forward = start.elapsed().as_secs_f64();
+        let gradients = loss.backward()?;
+        let seen = prior.parameters().values().filter(|var| gradients.get(var).is_some()).count();
+        times.push(start.elapsed().as_secs_f64());
+        println!(
+            "step {step}: forward {forward:.4} s, with the gradients of {seen} {:.4} s",
+            times[times.len() - 1]
+        );
+    }
+    println!("training step without the optimizer: {:.4} s", median(&mut times));
+    Ok(())
+}
+
+fn median(times: &mut [f64]) -> f64 {
+    times.sort_by(f64::total_cmp);
+    times[times.len() / 2]
+}
