@@ -11,6 +11,7 @@ mod causality;
 mod common;
 mod conditioning;
 mod config;
+mod golden;
 mod gradients;
 mod learning;
 mod likelihood;
