@@ -1,9 +1,9 @@
-//! Gated activations in one pass each way on the CPU.
+//! The gated activation in one pass each way on the CPU.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use crate::math::{exp, sigmoid, tanh, vectorized};
+use crate::math::{sigmoid, tanh, vectorized};
 use crate::storage::{f32_elements, f32_slice};
 
 /// tanh(a) ⊙ σ(b) of (a, b) = the two halves of `x` + `per_image` along the channels: the gated
@@ -19,14 +19,18 @@ pub fn gate(x: &Tensor, per_image: &Tensor) -> Result<Tensor> {
     }
 }
 
-/// silu(a) ⊙ b of the two halves (a, b) of `x` along the channels (Shazeer 2020, eq. 5, without the
-/// matrices). `x` `[…, 2C]` → `[…, C]`. Differentiable.
-pub fn swiglu(x: &Tensor) -> Result<Tensor> {
-    let channels = x.dim(D::Minus1)?;
-    if channels == 0 || !channels.is_multiple_of(2) {
-        bail!("swiglu halves the channels, got {:?}", x.dims());
+/// [`gate`] of `x` + `y`, which have the same shape, without a pass for their sum. Differentiable in all
+/// three.
+pub fn gate_sum(x: &Tensor, y: &Tensor, per_image: &Tensor) -> Result<Tensor> {
+    let sizes = Sizes::new(x.dims(), per_image.dims())?;
+    if x.dims() != y.dims() {
+        bail!("gate_sum takes two tensors of one shape, got {:?} and {:?}", x.dims(), y.dims());
     }
-    if x.device().is_cpu() { x.contiguous()?.apply_op1(SwiGlu) } else { composed_swiglu(x) }
+    if x.device().is_cpu() {
+        x.contiguous()?.apply_op3(&y.contiguous()?, &per_image.contiguous()?, GateSum(sizes))
+    } else {
+        composed_gate(&(x + y)?, per_image)
+    }
 }
 
 fn composed_gate(x: &Tensor, per_image: &Tensor) -> Result<Tensor> {
@@ -38,11 +42,6 @@ fn composed_gate(x: &Tensor, per_image: &Tensor) -> Result<Tensor> {
     let halves = x.chunk(2, D::Minus1)?;
     let sigmoid = (halves[1].neg()?.exp()? + 1.)?.recip()?;
     halves[0].tanh()?.mul(&sigmoid)
-}
-
-fn composed_swiglu(x: &Tensor) -> Result<Tensor> {
-    let halves = x.chunk(2, D::Minus1)?;
-    halves[0].silu()?.mul(&halves[1])
 }
 
 /// The sizes of a gate's operands.
@@ -80,7 +79,106 @@ impl Sizes {
 }
 
 struct Gate(Sizes);
-struct SwiGlu;
+struct GateSum(Sizes);
+
+impl Sizes {
+    /// The gate of `x`, or of `x` + `y`.
+    fn forward(&self, x: &[f32], y: Option<&[f32]>, vectors: &[f32]) -> Vec<f32> {
+        let half = self.half;
+        let mut out = vec![0f32; x.len() / 2];
+        let size = (self.rows * half).max(1);
+        let images = out.par_chunks_mut(size).zip(x.par_chunks(2 * size)).enumerate();
+        images.for_each(|(image, (out, x))| {
+            let (s_a, s_b) = self.vector(vectors, image);
+            let y = y.map(|y| &y[image * 2 * size..][..x.len()]);
+            let mut sum = vec![0f32; 2 * half];
+            vectorized(|| {
+                for (row, out) in out.chunks_exact_mut(half).enumerate() {
+                    gate_row(self.row(x, y, row, &mut sum), s_a, s_b, out);
+                }
+            });
+        });
+        out
+    }
+
+    /// The gradients of `x` (and `y`) and, per image, of the vector that was added.
+    fn backward(
+        &self,
+        x: &[f32],
+        y: Option<&[f32]>,
+        vectors: &[f32],
+        grad: &[f32],
+    ) -> (Vec<f32>, Vec<f32>) {
+        let half = self.half;
+        let mut dx = vec![0f32; x.len()];
+        let mut sums = vec![0f32; self.batch * 2 * half];
+        let size = (self.rows * half).max(1);
+        let images = dx
+            .par_chunks_mut(2 * size)
+            .zip(sums.par_chunks_mut(2 * half))
+            .zip(x.par_chunks(2 * size))
+            .zip(grad.par_chunks(size))
+            .enumerate();
+        images.for_each(|(image, (((dx, sums), x), grad))| {
+            let s = self.vector(vectors, image);
+            let y = y.map(|y| &y[image * 2 * size..][..x.len()]);
+            let mut sum = vec![0f32; 2 * half];
+            vectorized(|| {
+                let rows = dx.chunks_exact_mut(2 * half).zip(grad.chunks_exact(half));
+                for (row, (dx, grad)) in rows.enumerate() {
+                    gate_row_gradient(self.row(x, y, row, &mut sum), s, grad, dx);
+                    for (sum, dx) in sums.iter_mut().zip(dx) {
+                        *sum += *dx;
+                    }
+                }
+            });
+        });
+        (dx, sums)
+    }
+
+    /// A row of `x`, or of `x` + `y` in `sum`.
+    #[inline(always)]
+    fn row<'a>(
+        &self,
+        x: &'a [f32],
+        y: Option<&[f32]>,
+        row: usize,
+        sum: &'a mut [f32],
+    ) -> &'a [f32] {
+        let width = 2 * self.half;
+        let x = &x[row * width..(row + 1) * width];
+        let Some(y) = y else { return x };
+        for ((sum, x), y) in sum.iter_mut().zip(x).zip(&y[row * width..(row + 1) * width]) {
+            *sum = x + y;
+        }
+        sum
+    }
+
+    /// What came out of [`Sizes::backward`], as tensors.
+    fn gradients(
+        &self,
+        (dx, sums): (Vec<f32>, Vec<f32>),
+        x: &Tensor,
+        per_image: &Tensor,
+    ) -> Result<(Tensor, Option<Tensor>)> {
+        let of_vectors = if per_image.track_op() {
+            let sums = Tensor::from_vec(sums, (self.batch, 2 * self.half), x.device())?;
+            // Added up in order where all images share a vector.
+            Some(if self.own { sums } else { sums.sum_keepdim(0)? })
+        } else {
+            None
+        };
+        Ok((Tensor::from_vec(dx, x.shape(), x.device())?, of_vectors))
+    }
+
+    fn output_shape(&self, x: &Layout) -> Shape {
+        let mut dims = x.dims().to_vec();
+        if let Some(last) = dims.last_mut() {
+            *last = self.half;
+        }
+        dims.into()
+    }
+}
 
 impl CustomOp2 for Gate {
     fn name(&self) -> &'static str {
@@ -94,25 +192,9 @@ impl CustomOp2 for Gate {
         per_image: &CpuStorage,
         per_image_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (x, vectors) = (f32_elements(x, x_layout)?, f32_elements(per_image, per_image_layout)?);
-        let sizes = self.0;
-        let half = sizes.half;
-        let mut y = vec![0f32; x.len() / 2];
-        let size = (sizes.rows * half).max(1);
-        let images = y.par_chunks_mut(size).zip(x.par_chunks(2 * size)).enumerate();
-        images.for_each(|(image, (y, x))| {
-            let (s_a, s_b) = sizes.vector(vectors, image);
-            vectorized(|| {
-                for (y, x) in y.chunks_exact_mut(half).zip(x.chunks_exact(2 * half)) {
-                    gate_row(x, s_a, s_b, y);
-                }
-            });
-        });
-        let mut dims = x_layout.dims().to_vec();
-        if let Some(last) = dims.last_mut() {
-            *last = half;
-        }
-        Ok((CpuStorage::F32(y), dims.into()))
+        let vectors = f32_elements(per_image, per_image_layout)?;
+        let out = self.0.forward(f32_elements(x, x_layout)?, None, vectors);
+        Ok((CpuStorage::F32(out), self.0.output_shape(x_layout)))
     }
 
     fn bwd(
@@ -122,46 +204,55 @@ impl CustomOp2 for Gate {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let sizes = self.0;
-        let half = sizes.half;
         let grad = grad.contiguous()?;
-        let mut dx = vec![0f32; x.elem_count()];
-        // One sum per image; added up in order where all share a vector.
-        let mut sums = vec![0f32; sizes.batch * 2 * half];
-        let size = (sizes.rows * half).max(1);
-        f32_slice(x, |x| {
+        let gradients = f32_slice(x, |x| {
             f32_slice(per_image, |vectors| {
-                f32_slice(&grad, |grad| {
-                    let images = dx
-                        .par_chunks_mut(2 * size)
-                        .zip(sums.par_chunks_mut(2 * half))
-                        .zip(x.par_chunks(2 * size))
-                        .zip(grad.par_chunks(size))
-                        .enumerate();
-                    images.for_each(|(image, (((dx, sums), x), grad))| {
-                        let s = sizes.vector(vectors, image);
-                        vectorized(|| {
-                            let rows = dx.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half));
-                            for ((dx, x), grad) in rows.zip(grad.chunks_exact(half)) {
-                                gate_row_gradient(x, s, grad, dx);
-                                for (sum, dx) in sums.iter_mut().zip(dx) {
-                                    *sum += *dx;
-                                }
-                            }
-                        });
-                    });
-                })
+                f32_slice(&grad, |grad| self.0.backward(x, None, vectors, grad))
             })
         })???;
-        let of_vectors = if per_image.track_op() {
-            let sums = Tensor::from_vec(sums, (sizes.batch, 2 * half), x.device())?;
-            Some(if sizes.own { sums } else { sums.sum_keepdim(0)? })
-        } else {
-            None
-        };
-        let of_x =
-            if x.track_op() { Some(Tensor::from_vec(dx, x.shape(), x.device())?) } else { None };
-        Ok((of_x, of_vectors))
+        let (of_x, of_vectors) = self.0.gradients(gradients, x, per_image)?;
+        Ok((x.track_op().then_some(of_x), of_vectors))
+    }
+}
+
+impl CustomOp3 for GateSum {
+    fn name(&self) -> &'static str {
+        "vq-gate-sum"
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        y: &CpuStorage,
+        y_layout: &Layout,
+        per_image: &CpuStorage,
+        per_image_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let (x, y) = (f32_elements(x, x_layout)?, f32_elements(y, y_layout)?);
+        let out = self.0.forward(x, Some(y), f32_elements(per_image, per_image_layout)?);
+        Ok((CpuStorage::F32(out), self.0.output_shape(x_layout)))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        y: &Tensor,
+        per_image: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let gradients = f32_slice(x, |x| {
+            f32_slice(y, |y| {
+                f32_slice(per_image, |vectors| {
+                    f32_slice(&grad, |grad| self.0.backward(x, Some(y), vectors, grad))
+                })
+            })
+        })????;
+        let (of_sum, of_vectors) = self.0.gradients(gradients, x, per_image)?;
+        let of_x = x.track_op().then(|| of_sum.clone());
+        Ok((of_x, y.track_op().then_some(of_sum), of_vectors))
     }
 }
 
@@ -183,73 +274,6 @@ fn gate_row_gradient(x: &[f32], (s_a, s_b): (&[f32], &[f32]), grad: &[f32], dx: 
         *da = grad * s * (1.0 - t * t);
         *db = grad * t * s * (1.0 - s);
     }
-}
-
-impl CustomOp1 for SwiGlu {
-    fn name(&self) -> &'static str {
-        "vq-swiglu"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = f32_elements(x, layout)?;
-        let mut dims = layout.dims().to_vec();
-        let Some(last) = dims.last_mut() else { bail!("swiglu takes […, 2C]") };
-        *last /= 2;
-        let half = *last;
-        let mut y = vec![0f32; x.len() / 2];
-        let rows = rows_of_a_task(half);
-        y.par_chunks_mut(rows * half).zip(x.par_chunks(2 * rows * half)).for_each(|(y, x)| {
-            vectorized(|| {
-                for (y, x) in y.chunks_exact_mut(half).zip(x.chunks_exact(2 * half)) {
-                    let (a, b) = x.split_at(half);
-                    for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
-                        *y = a / (1.0 + exp(-a)) * b;
-                    }
-                }
-            });
-        });
-        Ok((CpuStorage::F32(y), dims.into()))
-    }
-
-    fn bwd(&self, x: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let half = x.dim(D::Minus1)? / 2;
-        let grad = grad.contiguous()?;
-        let mut dx = vec![0f32; x.elem_count()];
-        let rows = rows_of_a_task(half);
-        f32_slice(x, |x| {
-            f32_slice(&grad, |grad| {
-                let tasks = dx
-                    .par_chunks_mut(2 * rows * half)
-                    .zip(x.par_chunks(2 * rows * half))
-                    .zip(grad.par_chunks(rows * half));
-                tasks.for_each(|((dx, x), grad)| {
-                    vectorized(|| {
-                        let rows = dx.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half));
-                        for ((dx, x), grad) in rows.zip(grad.chunks_exact(half)) {
-                            swiglu_row_gradient(x, grad, dx);
-                        }
-                    });
-                });
-            })
-        })??;
-        Tensor::from_vec(dx, x.shape(), x.device()).map(Some)
-    }
-}
-
-#[inline(always)]
-fn swiglu_row_gradient(x: &[f32], grad: &[f32], dx: &mut [f32]) {
-    let (a, b) = x.split_at(grad.len());
-    let (da, db) = dx.split_at_mut(grad.len());
-    for (((a, b), grad), (da, db)) in a.iter().zip(b).zip(grad).zip(da.iter_mut().zip(db)) {
-        let s = sigmoid(*a);
-        *da = grad * b * s * (1.0 + a * (1.0 - s));
-        *db = grad * a * s;
-    }
-}
-
-/// Rows that a task takes: by shape alone.
-fn rows_of_a_task(half: usize) -> usize {
-    (1usize << 14).div_ceil(half.max(1))
 }
 
 #[cfg(test)]
@@ -293,23 +317,19 @@ mod tests {
         for (dims, vectors) in [([3, 2, 5, 6], 3), ([2, 4, 4, 34], 1), ([1, 1, 1, 2], 1)] {
             let (x, s) = (random(1.0, &dims), random(2.0, &[vectors, dims[3]]));
             check(&gate(&x, &s).unwrap(), &composed_gate(&x, &s).unwrap(), &[&x, &s]);
-        }
-    }
-
-    #[test]
-    fn swiglu_agrees_with_candles_operations() {
-        for dims in [[3, 5, 6], [2, 700, 66]] {
-            let x = random(3.0, &dims);
-            check(&swiglu(&x).unwrap(), &composed_swiglu(&x).unwrap(), &[&x]);
+            let y = random(5.0, &dims);
+            let composed = composed_gate(&(x.as_tensor() + y.as_tensor()).unwrap(), &s).unwrap();
+            check(&gate_sum(&x, &y, &s).unwrap(), &composed, &[&x, &y, &s]);
         }
     }
 
     #[test]
     fn shapes_that_do_not_fit_are_refused() {
         let x = random(0.0, &[2, 3, 3]);
-        assert!(swiglu(&x).is_err() && gate(&x, &random(0.0, &[2, 3])).is_err());
+        assert!(gate(&x, &random(0.0, &[2, 3])).is_err());
         let x = random(0.0, &[2, 3, 4]);
         assert!(gate(&x, &random(0.0, &[3, 4])).is_err());
         assert!(gate(&x, &random(0.0, &[2, 2])).is_err());
+        assert!(gate_sum(&x, &random(0.0, &[2, 4]), &random(0.0, &[2, 4])).is_err());
     }
 }

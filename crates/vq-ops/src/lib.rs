@@ -30,10 +30,11 @@ mod shift;
 mod softmax;
 mod stack;
 mod storage;
+mod swiglu;
 
 pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
 pub use dropout::dropout;
-pub use gate::{gate, swiglu};
+pub use gate::{gate, gate_sum};
 pub use heads::{merge_heads, split_heads};
 pub use matmul::matmul_transposed;
 pub use nearest::{code_statistics, nearest_codes};
@@ -44,3 +45,4 @@ pub use pointwise::{channels_first, channels_last, replace_value, squared_error}
 pub use shift::shift;
 pub use softmax::{attention_weights, cross_entropy};
 pub use stack::{Layer, Stack};
+pub use swiglu::swiglu;

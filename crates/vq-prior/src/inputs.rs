@@ -38,24 +38,28 @@ pub(crate) fn check_codes(
         )));
     }
     let values = codes.flatten_all()?.to_vec1::<u32>()?;
-    for (values, position) in values.chunks(count).zip(0..) {
-        for ((&value, &size), index) in values.iter().zip(sizes).zip(0..) {
-            check_code(what, value, size, index).map_err(|error| {
-                let position: usize = position;
-                Error::Input(format!("{error} (position {position} of the batch)"))
-            })?;
+    for (position, values) in values.chunks(count).enumerate() {
+        for (index, (&value, &size)) in values.iter().zip(sizes).enumerate() {
+            let what = || format!("{what}, position {position} of the batch");
+            check_code(what, value, size, index)?;
         }
     }
     Ok(codes.contiguous()?.reshape((codes.dim(0)?, grid[0], grid[1], count))?)
 }
 
 /// An error where the code number `index` of a position is not below its K.
-pub(crate) fn check_code(what: &str, value: u32, size: usize, index: usize) -> Result<()> {
+pub(crate) fn check_code(
+    what: impl Fn() -> String,
+    value: u32,
+    size: usize,
+    index: usize,
+) -> Result<()> {
     if (value as usize) < size {
         return Ok(());
     }
     Err(Error::Input(format!(
-        "{what}: {value} is out of range: the codebook of code {index} has {size} (0 to {})",
+        "{}: {value} is out of range: the codebook of code {index} has {size} (0 to {})",
+        what(),
         size.saturating_sub(1)
     )))
 }

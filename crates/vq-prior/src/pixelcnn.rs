@@ -1,7 +1,7 @@
 //! The gated PixelCNN, all positions at once.
 
 use candle_core::Tensor;
-use vq_ops::{Conv2d, gate, shift};
+use vq_ops::{Conv2d, gate, gate_sum, shift};
 
 use crate::attention::Attention;
 use crate::layers::{
@@ -191,8 +191,8 @@ impl GatedLayer {
         let left = self.rows - 1;
         let padded = shift(x, [h, w + left], [0, left as isize])?;
         let y = self.horizontal.forward(&padded, Conv2d::default(), mode)?;
-        let y = (y + self.link.apply(vertical, mode)?)?;
-        Ok(gate(&y, &columns(classes, 2 * c, 2 * c)?)?)
+        let link = self.link.apply(vertical, mode)?;
+        Ok(gate_sum(&y, &link, &columns(classes, 2 * c, 2 * c)?)?)
     }
 
     /// Columns of padding on either side of the vertical kernel.

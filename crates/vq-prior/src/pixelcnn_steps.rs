@@ -1,6 +1,6 @@
 //! The gated PixelCNN, one position at a time.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 use vq_ops::{Conv2d, PackedLinear, gate, shift};
 
 use crate::attention::AttentionSteps;
@@ -21,6 +21,8 @@ pub(crate) struct PixelCnnSteps<'a> {
     positions: Option<Tensor>,
     /// Embedded codes `[B,1,1,C]` of the row that is being filled.
     row: Vec<Tensor>,
+    /// `[B,C]`: what stands outside of the grid.
+    zeros: Tensor,
     grid: [usize; 2],
     batch: usize,
     position: usize,
@@ -52,6 +54,7 @@ impl PixelCnn {
         context: &Context,
         batch: usize,
         grid: [usize; 2],
+        device: &Device,
     ) -> Result<PixelCnnSteps<'_>> {
         let c = self.channels;
         let mode = Mode::EVALUATE;
@@ -88,8 +91,9 @@ impl PixelCnn {
             Some(positions) => Some(positions.map(mode)?.reshape(((), c))?),
             None => None,
         };
+        let zeros = Tensor::zeros((batch, c), DType::F32, device)?;
         let (row, position) = (Vec::new(), 0);
-        Ok(PixelCnnSteps { network: self, layers, positions, row, grid, batch, position })
+        Ok(PixelCnnSteps { network: self, layers, positions, row, zeros, grid, batch, position })
     }
 }
 
@@ -98,16 +102,12 @@ impl PixelCnnSteps<'_> {
     pub(crate) fn features(&mut self) -> Result<Tensor> {
         let column = self.position % self.grid[1];
         let channels = self.network.channels;
-        let device = self.network.layers.first().map(|layer| layer.link.device().clone());
-        let missing = || Error::config("network.layers", "must be at least 1");
-        let zeros =
-            Tensor::zeros((self.batch, channels), DType::F32, &device.ok_or_else(missing)?)?;
         if column == 0 {
-            self.start_row(&zeros)?;
+            self.start_row()?;
         }
         let mut x = match self.row.last() {
             Some(left) => left.reshape((self.batch, channels))?,
-            None => zeros,
+            None => self.zeros.clone(),
         };
         let mut skips: Option<Tensor> = None;
         for layer in &mut self.layers {
@@ -126,7 +126,7 @@ impl PixelCnnSteps<'_> {
                 x = (&x + attention.step(&normalize(&normed, norm)?)?)?;
             }
         }
-        skips.ok_or_else(missing)
+        skips.ok_or_else(|| Error::config("network.layers", "must be at least 1"))
     }
 
     /// Takes the codes `[B,G]` of the position whose features were asked for last.
@@ -138,7 +138,8 @@ impl PixelCnnSteps<'_> {
     }
 
     /// The vertical stack at the row that begins, from the row that is full.
-    fn start_row(&mut self, zeros: &Tensor) -> Result<()> {
+    fn start_row(&mut self) -> Result<()> {
+        let zeros = &self.zeros;
         let width = self.grid[1];
         let row = self.position / width;
         let mut vertical = if self.row.is_empty() {

@@ -65,9 +65,12 @@ impl Prior {
         let context = self.context(conditions, check_batch(batch)?, None, Mode::EVALUATE)?;
         let grid = self.config().grid;
         let trunk = match &self.trunk {
-            Trunk::PixelCnn(network) => {
-                TrunkSteps::PixelCnn(Box::new(network.steps(&context, batch, grid)?))
-            }
+            Trunk::PixelCnn(network) => TrunkSteps::PixelCnn(Box::new(network.steps(
+                &context,
+                batch,
+                grid,
+                self.device(),
+            )?)),
             Trunk::Transformer(network) => {
                 TrunkSteps::Transformer(Box::new(network.steps(&context, batch, grid)?))
             }
@@ -140,7 +143,8 @@ impl Stepper<'_> {
             )));
         }
         let size = config.codebook_sizes.get(place.code).copied().unwrap_or(0);
-        codes.iter().try_for_each(|&code| check_code("the codes", code, size, place.code))?;
+        let what = || "the codes".to_owned();
+        codes.iter().try_for_each(|&code| check_code(what, code, size, place.code))?;
         self.position.push(codes.to_vec());
         let is_last = place.code + 1 == config.codes_per_position();
         match &mut self.engine {
