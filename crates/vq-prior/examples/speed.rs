@@ -1,7 +1,7 @@
 //! How long a training step and sampling take, with and without the caches:
 //!
 //! ```text
-//! cargo run --release -p vq-prior --example speed -- pixelcnn|transformer [GRID] [BATCH]
+//! cargo run --release -p vq-prior --example speed -- pixelcnn|transformer [GRID] [BATCH] [STEPS]
 //! ```
 //!
 //! Without caches only a few codes are drawn, spread over the grid; every one of them costs the same.
@@ -23,7 +23,7 @@ fn main() -> Result<()> {
     let mut arguments = std::env::args().skip(1);
     let kind = arguments.next().unwrap_or_default();
     let mut number = |default| arguments.next().and_then(|n| n.parse().ok()).unwrap_or(default);
-    let (side, batch): (usize, usize) = (number(32), number(1));
+    let (side, batch, steps): (usize, usize, usize) = (number(32), number(1), number(12));
     let network = if kind == "transformer" {
         Network::Transformer(TransformerConfig::default())
     } else {
@@ -55,7 +55,7 @@ fn main() -> Result<()> {
     );
 
     let mut times = Vec::new();
-    for step in 0..12 {
+    for step in 0..steps as u64 {
         let start = Instant::now();
         let training = Training { seed: 0, step };
         let loss = prior.loss(&codes, &Conditions::default(), training)?;
@@ -66,12 +66,12 @@ fn main() -> Result<()> {
     println!(
         "training step without the optimizer: median {:.4} s, fastest {:.4} s",
         median(&mut times),
-        times[0]
+        times.first().copied().unwrap_or(f64::NAN)
     );
     Ok(())
 }
 
 fn median(times: &mut [f64]) -> f64 {
     times.sort_by(f64::total_cmp);
-    times[times.len() / 2]
+    times.get(times.len() / 2).copied().unwrap_or(f64::NAN)
 }
