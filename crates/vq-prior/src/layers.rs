@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use vq_model::Stream;
-use vq_ops::{Conv2d, PackedLinear, conv2d};
+use vq_ops::{Conv2d, PackedLinear, conv2d, linear};
 
 use crate::{Error, Result};
 
@@ -13,6 +13,9 @@ use crate::{Error, Result};
 pub(crate) struct Mode {
     /// Whether a graph for gradients is recorded.
     pub(crate) tracked: bool,
+    /// Whether this is a training step: linear maps are then faster, but an image's rounding may depend on
+    /// the size of its batch.
+    pub(crate) training: bool,
     /// The probability of dropping an activation.
     pub(crate) dropout: f64,
     /// What the dropped ones depend on.
@@ -21,7 +24,8 @@ pub(crate) struct Mode {
 
 impl Mode {
     /// Without gradients, without dropout.
-    pub(crate) const EVALUATE: Self = Self { tracked: false, dropout: 0.0, seed: 0 };
+    pub(crate) const EVALUATE: Self =
+        Self { tracked: false, training: false, dropout: 0.0, seed: 0 };
 
     pub(crate) fn tensor(self, var: &Var) -> Tensor {
         if self.tracked { var.as_tensor().clone() } else { var.as_detached_tensor() }
@@ -119,6 +123,11 @@ impl Conv {
 
     /// `[B,H,W,Cin]` → `[B,H',W',Cout]`.
     pub(crate) fn forward(&self, x: &Tensor, config: Conv2d, mode: Mode) -> Result<Tensor> {
+        let (outputs, inputs, kh, kw) = self.weight.dims4()?;
+        if mode.training && (kh, kw) == (1, 1) {
+            let weight = mode.tensor(&self.weight).reshape((outputs, inputs))?;
+            return Ok(linear(x, &weight, &mode.tensor(&self.bias), config.relu_input)?);
+        }
         Ok(conv2d(x, &mode.tensor(&self.weight), Some(&mode.tensor(&self.bias)), config)?)
     }
 

@@ -111,7 +111,7 @@ impl Prior {
         training: Training,
     ) -> Result<Tensor> {
         let seed = Stream::new(training.seed, "prior.dropout", training.step).next_seed();
-        let mode = Mode { tracked: true, dropout: self.config.dropout, seed };
+        let mode = Mode { tracked: true, training: true, dropout: self.config.dropout, seed };
         let (codes, context) = self.check(codes, conditions, Some(training), mode)?;
         let mut sum: Option<Tensor> = None;
         let count = self.config.codes_per_position();
