@@ -126,7 +126,8 @@ pub enum Error {
 }
 
 impl Error {
-    pub(crate) fn config(key: impl Into<String>, problem: impl Into<String>) -> Self {
+    /// [`Error::Config`] of a dotted key and what is wrong with its value.
+    pub fn config(key: impl Into<String>, problem: impl Into<String>) -> Self {
         Self::Config { key: key.into(), problem: problem.into() }
     }
 

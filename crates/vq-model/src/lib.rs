@@ -32,7 +32,7 @@ mod part;
 mod quantizer;
 mod quantizer_config;
 mod random;
-mod store;
+pub mod store;
 
 pub use codes::Codes;
 pub use config::{Config, FORMAT_VERSION, LevelConfig, Normalization};
@@ -43,5 +43,6 @@ pub use quantizer::{
     straight_through,
 };
 pub use quantizer_config::{CodebookRule, GradientEstimator, QuantizerConfig, QuantizerKind};
+pub use random::Stream;
 pub use store::{CONFIG_FILE, MODEL_FILE};
 pub use vq_ops::Precision;

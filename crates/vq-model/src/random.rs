@@ -4,10 +4,12 @@ use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 
 /// A stream of random numbers that depends on `seed`, `name` and `counter` only.
-pub(crate) struct Stream(ChaCha8Rng);
+#[derive(Debug)]
+pub struct Stream(ChaCha8Rng);
 
 impl Stream {
-    pub(crate) fn new(seed: u64, name: &str, counter: u64) -> Self {
+    /// The stream of that key, at its beginning.
+    pub fn new(seed: u64, name: &str, counter: u64) -> Self {
         let mut key = [0; 32];
         key[..8].copy_from_slice(&seed.to_le_bytes());
         key[8..16].copy_from_slice(&fnv1a(name.as_bytes()).to_le_bytes());
@@ -16,14 +18,19 @@ impl Stream {
     }
 
     /// `count` values, uniform in [−bound, bound).
-    pub(crate) fn uniform(&mut self, count: usize, bound: f64) -> Vec<f32> {
+    pub fn uniform(&mut self, count: usize, bound: f64) -> Vec<f32> {
         let mut draw = || f64::from(self.0.next_u32()) / f64::from(1u32 << 31) - 1.0;
         (0..count).map(|_| (draw() * bound) as f32).collect()
     }
 
-    /// Uniform in [0, 1).
-    pub(crate) fn unit(&mut self) -> f64 {
+    /// Uniform in [0, 1), to 53 bits.
+    pub fn unit(&mut self) -> f64 {
         (self.0.next_u64() >> 11) as f64 / (1u64 << 53) as f64
+    }
+
+    /// A seed for what draws by itself.
+    pub fn next_seed(&mut self) -> u64 {
+        self.0.next_u64()
     }
 
     /// `count` values of the normal distribution of mean 0.
@@ -37,13 +44,13 @@ impl Stream {
     }
 
     /// Uniform in 0..n (n > 0).
-    pub(crate) fn below(&mut self, n: usize) -> usize {
+    pub fn below(&mut self, n: usize) -> usize {
         // Lemire's multiply-shift; the bias is below n / 2⁶⁴.
         ((u128::from(self.0.next_u64()) * n as u128) >> 64) as usize
     }
 
     /// min(count, n) distinct numbers of 0..n in random order.
-    pub(crate) fn distinct(&mut self, count: usize, n: usize) -> Vec<usize> {
+    pub fn distinct(&mut self, count: usize, n: usize) -> Vec<usize> {
         // The first steps of Fisher–Yates.
         let mut numbers: Vec<usize> = (0..n).collect();
         let count = count.min(n);

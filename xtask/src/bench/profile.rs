@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::time::Instant;
 
 use candle_core::{Device, Result, Tensor, Var};
-use vq_ops::{AdamWStep, Conv2d, ConvTranspose2d, Precision};
+use vq_ops::{AdamWStep, Conv2d, ConvTranspose2d, Precision, Stack};
 
 const BATCH: usize = 128;
 /// Each operation runs so often; the median counts.
@@ -85,35 +85,38 @@ impl Layer {
         (2 * BATCH * side * side * taps) as f64
     }
 
-    /// Forward, gradient of the input, gradient of weight and bias.
+    /// Forward, gradient of the input, gradients of weight and bias. A stack of one layer keeps its
+    /// buffers, as it does within a model.
     fn milliseconds(&self, precision: Precision) -> Result<[f64; 3]> {
         let (inner, outer) = self.channels;
         let (kernel, stride) = (self.kernel, self.stride);
         let padding = (kernel - stride) / 2;
-        let x = random(&[BATCH, self.size, self.size, inner])?;
-        let shape = if self.transposed {
-            [inner, outer, kernel, kernel]
+        let (in_channels, out_channels) = self.channels;
+        let (layer, shape) = if self.transposed {
+            let config = ConvTranspose2d { stride, padding, ..ConvTranspose2d::default() };
+            (
+                vq_ops::Layer::ConvTranspose2d { in_channels, out_channels, kernel, config },
+                [inner, outer, kernel, kernel],
+            )
         } else {
-            [outer, inner, kernel, kernel]
+            let config = Conv2d { stride, padding, ..Conv2d::default() };
+            (
+                vq_ops::Layer::Conv2d { in_channels, out_channels, kernel, config },
+                [outer, inner, kernel, kernel],
+            )
         };
-        let (weight, bias) = (random(&shape)?, random(&[outer])?);
-        let run = |x: &Tensor, weight: &Tensor, bias: &Tensor| {
-            if self.transposed {
-                let config =
-                    ConvTranspose2d { stride, padding, precision, ..ConvTranspose2d::default() };
-                vq_ops::conv_transpose2d(x, weight, Some(bias), config)
-            } else {
-                let config = Conv2d { stride, padding, precision, ..Conv2d::default() };
-                vq_ops::conv2d(x, weight, Some(bias), config)
-            }
-        };
-        let (x_var, weight_var, bias_var) =
-            (Var::from_tensor(&x)?, Var::from_tensor(&weight)?, Var::from_tensor(&bias)?);
-        let forward = median(|()| run(&x, &weight, &bias).map(|_| ()), || Ok(()))?;
-        let input = median(|y: Tensor| y.backward().map(|_| ()), || run(&x_var, &weight, &bias))?;
-        let parameters =
-            median(|y: Tensor| y.backward().map(|_| ()), || run(&x, &weight_var, &bias_var))?;
-        Ok([forward, input, parameters])
+        let mut stack = Stack::new(vec![layer])?;
+        stack.set_precision(precision);
+        let x = Var::from_tensor(&random(&[BATCH, self.size, self.size, inner])?)?;
+        let parameters = [random(&shape)?, random(&[outer])?];
+        let variables = [Var::from_tensor(&parameters[0])?, Var::from_tensor(&parameters[1])?];
+        let variables = variables.map(|var| var.as_tensor().clone());
+        let constant = x.as_detached_tensor();
+        let backward = |y: Tensor| y.backward().map(|_| ());
+        let forward = median(|()| stack.forward(&constant, &parameters).map(|_| ()), || Ok(()))?;
+        let of_parameters = median(backward, || stack.forward(&constant, &variables))?;
+        let of_all = median(backward, || stack.forward(&x, &variables))?;
+        Ok([forward, of_all - of_parameters, of_parameters])
     }
 }
 
