@@ -78,6 +78,7 @@ pub fn run(options: &Options) -> Result<String, Error> {
     for group in groups {
         for work in group.works {
             let table = measure(&group, work, &worker, python.as_deref(), options.rounds)?;
+            say(&table);
             report.push_str(&table);
         }
     }
@@ -116,6 +117,8 @@ fn profile(worker: &Path, precision: &str) -> Result<String, Error> {
 
 /// Contenders that do the same work.
 struct Group {
+    /// Heading of its tables.
+    title: &'static str,
     /// What is counted per second.
     unit: &'static str,
     works: &'static [&'static str],
@@ -136,6 +139,7 @@ impl Group {
         let compiled = &["eager", "eager-cl", "compiled", "compiled-cl"];
         Ok(match name {
             "train" => Self {
+                title: "Training, f32",
                 unit: "images",
                 works: &["train"],
                 ours: &["ours", "candle"],
@@ -143,6 +147,7 @@ impl Group {
                 flops: |_| TRAIN_FLOPS,
             },
             "train-bf16" => Self {
+                title: "Training, bf16",
                 unit: "images",
                 works: &["train"],
                 ours: &["ours-bf16"],
@@ -150,6 +155,7 @@ impl Group {
                 flops: |_| TRAIN_FLOPS,
             },
             "forward" => Self {
+                title: "Encoding and reconstructing, f32",
                 unit: "images",
                 works: &["forward"],
                 ours: &["ours", "candle"],
@@ -157,6 +163,7 @@ impl Group {
                 flops: |_| FORWARD_FLOPS,
             },
             "forward-bf16" => Self {
+                title: "Encoding and reconstructing, bf16",
                 unit: "images",
                 works: &["forward"],
                 ours: &["ours-bf16"],
@@ -164,6 +171,7 @@ impl Group {
                 flops: |_| FORWARD_FLOPS,
             },
             "search" => Self {
+                title: "Nearest codes",
                 unit: "vectors",
                 works: &["search-512", "search-8192", "search-65536"],
                 ours: &["ours"],
@@ -202,7 +210,7 @@ impl Contender {
         let output = BufReader::new(output);
         let mut contender = Self { name, child, input, output, rates: Vec::new(), peak_mib: 0. };
         contender.line()?;
-        eprintln!("{} is ready", contender.name);
+        say(&format!("{} is ready", contender.name));
         Ok(contender)
     }
 
@@ -273,15 +281,19 @@ fn measure(
         for contender in &mut contenders {
             contender.work()?;
         }
-        eprintln!("{work}: round {round} of {rounds}");
+        say(&format!("{work}: round {round} of {rounds}"));
     }
     Ok(table(group, work, &contenders))
 }
 
 fn table(group: &Group, work: &str, contenders: &[Contender]) -> String {
     let unit = group.unit;
+    let heading = match group.works {
+        [_] => group.title.to_owned(),
+        _ => format!("{}, {work}", group.title),
+    };
     let mut text = format!(
-        "\n### {work}\n\n| | {unit}/s, median (min–max) | ours / it | GFLOP/s | of GEMM peak | peak memory |\n|---|---|---|---|---|---|\n"
+        "\n### {heading}\n\n| | {unit}/s, median (min–max) | ours / it | GFLOP/s | of GEMM peak | peak memory |\n|---|---|---|---|---|---|\n"
     );
     let peak = contenders.first().map_or(f64::NAN, |gemm| median(&gemm.rates) / 1e9);
     let ours = contenders.get(1).map(|c| c.rates.clone()).unwrap_or_default();
@@ -314,6 +326,12 @@ fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
     sorted.sort_by(f64::total_cmp);
     sorted.get(sorted.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+/// How far it is; the report itself goes to standard output.
+fn say(line: &str) {
+    // Nobody listens, perhaps.
+    let _ = writeln!(std::io::stderr(), "{line}");
 }
 
 /// A line about this machine.

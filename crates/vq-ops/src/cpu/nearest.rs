@@ -8,14 +8,16 @@
 
 use rayon::prelude::*;
 
-use super::SharedMut;
 use super::conv::with_scratch;
-use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
+use super::tile::{Kernels, SearchTile, kernels};
 
-/// Rows that a task holds at a time.
-const BLOCK: usize = 112;
-/// Codes whose scores a task holds at a time: `BLOCK × CODES` f32 stay in the second-level cache.
-const CODES: usize = 512;
+/// Rows that a task holds at a time; they stay in the second-level cache.
+const BLOCK: usize = 448;
+/// Rows that meet a panel of codes at a time; they stay in the first-level cache, where tiles of 14, 6
+/// and 4 rows leave few over.
+const ROWS: usize = 56;
+/// Elements of the codebook that all rows of a block meet before the next ones are read.
+const CODES: usize = 1 << 16;
 
 /// Why there is no answer.
 #[derive(Debug, PartialEq, Eq)]
@@ -50,7 +52,7 @@ struct Search<'a> {
     mean: Vec<f32>,
     /// `−(e_k − mean)`, `[panels][dim][panel]`.
     panels: Vec<f32>,
-    /// `½‖e_k − mean‖²`.
+    /// `½‖e_k − mean‖²`, filled up to whole panels with infinity.
     half_norms: Vec<f32>,
     /// The greatest `‖e_k − mean‖`.
     radius: f32,
@@ -83,7 +85,7 @@ impl<'a> Search<'a> {
                 }
             },
         );
-        let half_norms: Vec<f32> = codebook
+        let mut half_norms: Vec<f32> = codebook
             .par_chunks(dim)
             .map(|code| {
                 let norm: f64 = code.iter().zip(&mean).map(|(v, m)| f64::from(v - m).powi(2)).sum();
@@ -91,42 +93,30 @@ impl<'a> Search<'a> {
             })
             .collect();
         let radius = (2. * half_norms.iter().copied().fold(0., f32::max)).sqrt();
+        half_norms.resize(count.div_ceil(panel) * panel, f32::INFINITY);
         Ok(Self { kernels, z, codebook, dim, mean, panels, half_norms, radius })
     }
 
     /// The codes of the rows from `first` on, or the row that is not finite.
     fn block(&self, first: usize, codes: &mut [u32]) -> Option<usize> {
-        let (dim, rows) = (self.dim, codes.len());
-        let depths = dim.div_ceil(DEPTH);
+        let (dim, rows, lanes) = (self.dim, codes.len(), self.kernels.lanes);
+        let total = self.codebook.len() / dim;
+        // An odd number of cache lines, so that the rows of a tile fall into different cache sets.
+        let step = (dim.div_ceil(16) | 1) * 16;
         let mut best = [(f32::INFINITY, 0u32); BLOCK];
         let mut second = [f32::INFINITY; BLOCK];
-        let scratch = BLOCK * (ROW * depths + CODES);
-        let total = self.codebook.len() / dim;
-        with_scratch(scratch, |scratch| {
-            let (shifted, scores) = scratch.split_at_mut(BLOCK * ROW * depths);
-            for row in 0..rows {
+        with_scratch(rows * (step + 3 * lanes), |scratch| {
+            let (shifted, state) = scratch.split_at_mut(rows * step);
+            for (row, to) in shifted.chunks_mut(step).enumerate() {
                 let z = &self.z[(first + row) * dim..][..dim];
-                for (d, (value, mean)) in z.iter().zip(&self.mean).enumerate() {
-                    // Depth d of row r lies in the slab d / DEPTH, as the kernels read it.
-                    shifted[(d / DEPTH * BLOCK + row) * ROW + d % DEPTH] = value - mean;
+                for ((to, value), mean) in to.iter_mut().zip(z).zip(&self.mean) {
+                    *to = value - mean;
                 }
             }
-            for start in (0..total).step_by(CODES) {
-                let count = CODES.min(total - start);
-                self.scores(shifted, rows, start, count, scores);
-                for row in 0..rows {
-                    let scores = &scores[row * CODES..][..count];
-                    // SAFETY: `kernels()` chose what this CPU has.
-                    #[allow(unsafe_code)]
-                    unsafe {
-                        (self.kernels.merge)(
-                            scores,
-                            start as u32,
-                            &mut best[row],
-                            &mut second[row],
-                        );
-                    }
-                }
+            state.fill(f32::INFINITY);
+            self.scores(shifted, step, rows, state);
+            for (row, state) in state.chunks(3 * lanes).enumerate() {
+                (best[row], second[row]) = merge(state, lanes);
             }
         });
         for (row, code) in codes.iter_mut().enumerate() {
@@ -148,40 +138,31 @@ impl<'a> Search<'a> {
         None
     }
 
-    /// Scores of `count` codes from `start` on, `[rows, CODES]`.
-    fn scores(&self, shifted: &[f32], rows: usize, start: usize, count: usize, scores: &mut [f32]) {
-        let (dim, panel) = (self.dim, self.kernels.panel);
-        let depths = dim.div_ceil(DEPTH);
-        let offsets: [usize; BLOCK] = std::array::from_fn(|row| row * CODES);
-        let scores = SharedMut::new(scores);
-        for slab in 0..depths {
-            let depth = DEPTH.min(dim - slab * DEPTH);
-            for column in (0..count).step_by(panel) {
-                let b = &self.panels[(start + column) * dim + slab * DEPTH * panel..];
-                for (row, height) in self.kernels.tiles(rows) {
-                    let last = slab + 1 == depths;
-                    let tile = Tile {
-                        depth,
-                        a: shifted[(slab * BLOCK + row) * ROW..].as_ptr(),
-                        a_step: 1,
-                        b: b.as_ptr(),
-                        c: scores.get().wrapping_add(column),
-                        rows: offsets[row..].as_ptr(),
-                        columns: panel.min(count - column),
-                        accumulate: slab > 0,
-                        bias: if last {
-                            self.half_norms[start + column..].as_ptr()
-                        } else {
-                            std::ptr::null()
-                        },
-                        mask: std::ptr::null(),
-                        residual: std::ptr::null(),
-                    };
-                    // SAFETY: `scores` belongs to this task; `shifted` holds its rows at the
-                    // distance ROW, and the panels were cut for these kernels.
-                    #[allow(unsafe_code)]
-                    unsafe {
-                        self.kernels.run(Operand::Gathered, height, &tile);
+    /// Takes the scores of all codes into `state`.
+    fn scores(&self, shifted: &[f32], step: usize, rows: usize, state: &mut [f32]) {
+        let (dim, panel, lanes) = (self.dim, self.kernels.panel, self.kernels.lanes);
+        let panels = self.half_norms.len() / panel;
+        let group = (CODES / (dim * panel)).max(1);
+        for start in (0..panels).step_by(group) {
+            for first in (0..rows).step_by(ROWS) {
+                for index in start..(start + group).min(panels) {
+                    for (row, height) in self.kernels.tiles(ROWS.min(rows - first)) {
+                        let row = first + row;
+                        let tile = SearchTile {
+                            depth: dim,
+                            a: shifted[row * step..].as_ptr(),
+                            a_step: step,
+                            b: self.panels[index * dim * panel..].as_ptr(),
+                            norms: self.half_norms[index * panel..].as_ptr(),
+                            register: (index * panel / lanes) as u32,
+                            state: state[row * 3 * lanes..].as_mut_ptr(),
+                        };
+                        // SAFETY: `shifted` and `state` hold all rows, and the panels were cut for
+                        // these kernels.
+                        #[allow(unsafe_code)]
+                        unsafe {
+                            self.kernels.search(height, &tile);
+                        }
                     }
                 }
             }
@@ -189,31 +170,21 @@ impl<'a> Search<'a> {
     }
 }
 
-/// Takes a run of scores, of the codes from `start` on, into the best (lowest index among equals)
-/// and the second-best score so far.
-#[inline(always)]
-pub(super) fn merge(scores: &[f32], start: u32, best: &mut (f32, u32), second: &mut f32) {
-    const LANES: usize = 16;
-    let (mut lane_best, mut lane_second) = ([f32::INFINITY; LANES], [f32::INFINITY; LANES]);
-    let mut lane_step = [0u32; LANES];
-    for (step, chunk) in (0u32..).zip(scores.chunks(LANES)) {
-        for (lane, &score) in chunk.iter().enumerate() {
-            let closer = score < lane_best[lane];
-            lane_second[lane] = lane_second[lane].min(if closer { lane_best[lane] } else { score });
-            lane_best[lane] = if closer { score } else { lane_best[lane] };
-            lane_step[lane] = if closer { step } else { lane_step[lane] };
-        }
-    }
-    for lane in 0..LANES {
-        let candidate = (lane_best[lane], start + lane_step[lane] * LANES as u32 + lane as u32);
+/// A row's best score with its code (the lowest among equals), and its second-best score, from those
+/// of each lane.
+fn merge(state: &[f32], lanes: usize) -> ((f32, u32), f32) {
+    let (mut best, mut second) = ((f32::INFINITY, 0), f32::INFINITY);
+    for lane in 0..lanes {
+        let score = state[lane];
+        let code = state[2 * lanes + lane].to_bits().wrapping_mul(lanes as u32) + lane as u32;
         #[allow(clippy::float_cmp)] // a tie is exact equality
-        let closer = candidate.0 < best.0 || (candidate.0 == best.0 && candidate.1 < best.1);
-        let loser = if closer { best.0 } else { candidate.0 };
-        *second = second.min(loser).min(lane_second[lane]);
+        let closer = score < best.0 || (score == best.0 && code < best.1);
+        second = second.min(if closer { best.0 } else { score }).min(state[lanes + lane]);
         if closer {
-            *best = candidate;
+            best = (score, code);
         }
     }
+    (best, second)
 }
 
 /// Direct differences in f64; the lowest index among ties.

@@ -39,6 +39,26 @@ pub(crate) struct Tile {
     pub residual: *const f32,
 }
 
+/// Vectors against one panel of codes: the scores `norms[j] + Σ_d a(i, d) · b[d][j]` are compared as
+/// they come out of the registers, and never stored.
+pub(crate) struct SearchTile {
+    /// Length of the sums.
+    pub depth: usize,
+    /// The vectors, `a_step` elements apart.
+    pub a: *const f32,
+    /// See `a`.
+    pub a_step: usize,
+    /// The codes, `[depth][panel]`.
+    pub b: *const f32,
+    /// What is added to each code's scores, `[panel]`.
+    pub norms: *const f32,
+    /// Number of the panel's first register of codes.
+    pub register: u32,
+    /// For each vector and lane the best score so far, the second-best, and the register that the best
+    /// one came from (as bits): `[rows][3][lanes]`.
+    pub state: *mut f32,
+}
+
 /// Where element (row, depth) of a tile's first operand lies.
 #[derive(Clone, Copy)]
 pub(crate) enum Operand {
@@ -60,8 +80,8 @@ pub(crate) struct Kernels {
     transposed: [&'static [TileFn]; 2],
     /// `to[i] = max(from[i], 0)` (or a copy) for `count` elements.
     pub copy: [CopyFn<f32, f32>; 2],
-    /// See [`super::nearest`].
-    pub merge: unsafe fn(&[f32], u32, &mut (f32, u32), &mut f32),
+    /// One for each number of rows.
+    search: &'static [unsafe fn(&SearchTile)],
     /// The transforms of [`super::winograd`], for kernels of 2 and of 3 taps a side.
     pub winograd: [Transforms; 2],
     /// Name of the instruction set.
@@ -85,6 +105,17 @@ impl Kernels {
         let width = usize::from(tile.columns > self.lanes);
         // SAFETY: the caller's promise, and `kernels()` chose what this CPU has.
         unsafe { family[width][rows - 1](tile) }
+    }
+
+    /// Scores one panel of codes for `rows` vectors.
+    ///
+    /// # Safety
+    /// The pointers of `tile` must cover what its fields say; `rows` is between 1 and `self.rows`.
+    #[inline]
+    #[allow(unsafe_code)]
+    pub(crate) unsafe fn search(&self, rows: usize, tile: &SearchTile) {
+        // SAFETY: the caller's promise, and `kernels()` chose what this CPU has.
+        unsafe { self.search[rows - 1](tile) }
     }
 
     /// Splits `total` rows into tiles of nearly equal height: (number of tiles, rows of tile i).
@@ -200,6 +231,51 @@ unsafe fn generic<V: Vector, const MR: usize, const NV: usize, const ROW_STEP: u
     }
 }
 
+/// See [`SearchTile`].
+///
+/// # Safety
+/// As [`Kernels::search`], and the CPU must have `V`'s instruction set.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn generic_search<V: Vector, const MR: usize, const NV: usize>(tile: &SearchTile) {
+    // SAFETY: the caller's promise: `a` covers MR rows of `depth`, `b` covers `depth` panels, `norms`
+    // one panel, and `state` MR times three registers.
+    unsafe {
+        let mut sums = [[V::splat(0.); NV]; MR];
+        let (mut a, mut b) = (tile.a, tile.b);
+        for _ in 0..tile.depth {
+            let mut columns = [V::splat(0.); NV];
+            for (j, column) in columns.iter_mut().enumerate() {
+                *column = V::load(b.add(j * V::LANES));
+            }
+            for (i, row) in sums.iter_mut().enumerate() {
+                let factor = V::splat(*a.add(i * tile.a_step));
+                for (sum, column) in row.iter_mut().zip(columns) {
+                    *sum = factor.mul_add(column, *sum);
+                }
+            }
+            a = a.add(1);
+            b = b.add(NV * V::LANES);
+        }
+        for (i, row) in sums.into_iter().enumerate() {
+            let state = tile.state.add(i * 3 * V::LANES);
+            let mut best = V::load(state);
+            let mut second = V::load(state.add(V::LANES));
+            let mut register = V::load(state.add(2 * V::LANES));
+            for (j, sum) in row.into_iter().enumerate() {
+                let score = sum.add(V::load(tile.norms.add(j * V::LANES)));
+                second = second.min(best.max(score));
+                let this = V::splat(f32::from_bits(tile.register + j as u32));
+                register = score.choose_below(best, this, register);
+                best = score.min(best);
+            }
+            best.store(state);
+            second.store(state.add(V::LANES));
+            register.store(state.add(2 * V::LANES));
+        }
+    }
+}
+
 /// # Safety
 /// `from` and `to` cover `count` elements, and the CPU has `V`'s instruction set.
 #[inline(always)]
@@ -273,8 +349,9 @@ macro_rules! kernels_for {
             }
 
             $(#[target_feature(enable = $feature)])?
-            unsafe fn merge(scores: &[f32], start: u32, best: &mut (f32, u32), second: &mut f32) {
-                super::super::nearest::merge(scores, start, best, second);
+            unsafe fn search<const MR: usize>(tile: &SearchTile) {
+                // SAFETY: as above.
+                unsafe { generic_search::<$vector, MR, 2>(tile) }
             }
 
             const fn transforms<F: Filter>() -> Transforms {
@@ -294,7 +371,7 @@ macro_rules! kernels_for {
                 gathered: [&[$(run::<$mr, 1, ROW>),*], &[$(run::<$mr, 2, ROW>),*]],
                 transposed: [&[$(run::<$mr, 1, 1>),*], &[$(run::<$mr, 2, 1>),*]],
                 copy: [copy::<false>, copy::<true>],
-                merge,
+                search: &[$(search::<$mr>),*],
                 winograd: [transforms::<winograd::TwoTaps>(), transforms::<winograd::ThreeTaps>()],
                 name: $name,
             };

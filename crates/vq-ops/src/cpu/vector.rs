@@ -29,6 +29,12 @@ pub(crate) trait Vector: Copy {
     unsafe fn sub(self, other: Self) -> Self;
     /// `self · factor + addend`.
     unsafe fn mul_add(self, factor: Self, addend: Self) -> Self;
+    /// The smaller one, lane by lane.
+    unsafe fn min(self, other: Self) -> Self;
+    /// The larger one, lane by lane.
+    unsafe fn max(self, other: Self) -> Self;
+    /// Lane by lane, `yes` where `self` is below `other`, and `no` elsewhere.
+    unsafe fn choose_below(self, other: Self, yes: Self, no: Self) -> Self;
     /// The lanes where `gate` is above zero (or not a number, which must not vanish in a ReLU); zero
     /// elsewhere.
     unsafe fn where_positive(self, gate: Self) -> Self;
@@ -99,6 +105,24 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn min(self, other: Self) -> Self {
+            unsafe { _mm512_min_ps(self, other) }
+        }
+
+        #[inline(always)]
+        unsafe fn max(self, other: Self) -> Self {
+            unsafe { _mm512_max_ps(self, other) }
+        }
+
+        #[inline(always)]
+        unsafe fn choose_below(self, other: Self, yes: Self, no: Self) -> Self {
+            unsafe {
+                let below = _mm512_cmp_ps_mask::<_CMP_LT_OQ>(self, other);
+                _mm512_mask_blend_ps(below, no, yes)
+            }
+        }
+
+        #[inline(always)]
         unsafe fn where_positive(self, gate: Self) -> Self {
             unsafe {
                 let positive = _mm512_cmp_ps_mask::<_CMP_NLE_UQ>(gate, _mm512_setzero_ps());
@@ -166,6 +190,21 @@ mod x86 {
         #[inline(always)]
         unsafe fn mul_add(self, factor: Self, addend: Self) -> Self {
             unsafe { _mm256_fmadd_ps(self, factor, addend) }
+        }
+
+        #[inline(always)]
+        unsafe fn min(self, other: Self) -> Self {
+            unsafe { _mm256_min_ps(self, other) }
+        }
+
+        #[inline(always)]
+        unsafe fn max(self, other: Self) -> Self {
+            unsafe { _mm256_max_ps(self, other) }
+        }
+
+        #[inline(always)]
+        unsafe fn choose_below(self, other: Self, yes: Self, no: Self) -> Self {
+            unsafe { _mm256_blendv_ps(no, yes, _mm256_cmp_ps::<_CMP_LT_OQ>(self, other)) }
         }
 
         #[inline(always)]
@@ -252,6 +291,21 @@ impl Vector for Portable {
                 self.0[i] * factor.0[i] + addend.0[i]
             }
         }))
+    }
+
+    #[inline(always)]
+    unsafe fn min(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| if self.0[i] < other.0[i] { self.0[i] } else { other.0[i] }))
+    }
+
+    #[inline(always)]
+    unsafe fn max(self, other: Self) -> Self {
+        Self(std::array::from_fn(|i| if self.0[i] > other.0[i] { self.0[i] } else { other.0[i] }))
+    }
+
+    #[inline(always)]
+    unsafe fn choose_below(self, other: Self, yes: Self, no: Self) -> Self {
+        Self(std::array::from_fn(|i| if self.0[i] < other.0[i] { yes.0[i] } else { no.0[i] }))
     }
 
     #[inline(always)]
