@@ -54,7 +54,7 @@ fn run(task: Task) -> Result<String, Box<dyn Error + Send + Sync>> {
         Task::Bench(options) => bench::run(&options)?,
         #[cfg(feature = "bench")]
         Task::BenchWorker { work, way } => {
-            vq_ops::allocator::keep_memory();
+            vq_ops::process::keep_memory();
             bench::worker::run(&work, &way)?;
             String::new()
         }
@@ -69,4 +69,4 @@ fn one_line(error: &dyn Error) -> String {
 /// The allocator of the `vq` binary, so that what is measured is what users run.
 #[cfg(feature = "bench")]
 #[global_allocator]
-static ALLOCATOR: vq_ops::allocator::Allocator = vq_ops::allocator::Allocator;
+static ALLOCATOR: vq_ops::process::Allocator = vq_ops::process::Allocator;

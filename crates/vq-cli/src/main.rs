@@ -21,12 +21,12 @@ use clap::Parser;
 use crate::cli::Cli;
 
 #[global_allocator]
-static ALLOCATOR: vq_ops::allocator::Allocator = vq_ops::allocator::Allocator;
+static ALLOCATOR: vq_ops::process::Allocator = vq_ops::process::Allocator;
 
 /// Exit codes: 0 done; 1 an error, said in one line on stderr; 2 wrong usage (clap's); 130 and 143
 /// a training run that Ctrl-C or SIGTERM stopped, saved and ready for `--resume`.
 fn main() -> ExitCode {
-    vq_ops::allocator::keep_memory();
+    vq_ops::process::keep_memory();
     let cli = Cli::parse();
     output::start_log(cli.log_format);
     match commands::run(&cli) {

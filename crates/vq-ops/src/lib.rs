@@ -12,8 +12,6 @@
 // A match that names both cases reads better than `if let … else` across several lines.
 #![allow(clippy::single_match_else)]
 
-#[cfg(feature = "allocator")]
-pub mod allocator;
 pub mod composed;
 mod conv;
 mod cpu;
@@ -30,6 +28,8 @@ mod optimizer;
 mod packed_linear;
 mod pointwise;
 mod precision;
+#[cfg(feature = "process")]
+pub mod process;
 mod shift;
 mod softmax;
 mod stack;

@@ -1,4 +1,4 @@
-//! The memory of programs that train (feature `allocator`).
+//! The memory of programs that train (feature `process`).
 
 /// An allocator that hands memory out again quickly, for `#[global_allocator]`.
 pub use mimalloc::MiMalloc as Allocator;
