@@ -12,6 +12,22 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// A file or folder could not be written. What stood there before is untouched.
+    #[error("cannot write {}: {source}; check permissions and free space, or choose another --out", path.display())]
+    Write {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Codes on disk that are missing, damaged, or others than was asked for.
+    #[error("{} {problem}", path.display())]
+    Codes {
+        /// The folder or file.
+        path: PathBuf,
+        /// What is the matter with it and what to do.
+        problem: String,
+    },
     /// The name of a data source was not understood.
     #[error(
         "unknown data source `{0}`: use auto, cifar10, cifar10:PATH, shapes or folder:PATH \
@@ -180,6 +196,10 @@ pub enum Error {
 }
 
 impl Error {
+    pub(crate) fn codes(path: impl Into<PathBuf>, problem: impl Into<String>) -> Self {
+        Self::Codes { path: path.into(), problem: problem.into() }
+    }
+
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, source }

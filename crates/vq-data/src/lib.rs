@@ -6,6 +6,8 @@
 //! normalises and batches one of them on a thread of its own. What batch `n` of epoch `e` holds
 //! depends on the seed, `e` and `n` alone, so a run can resume anywhere.
 //!
+//! What a tokenizer makes of a whole data set is kept in a [`CodesFolder`], which a [`CodesWriter`] writes.
+//!
 //! ```
 //! use vq_data::{Loader, LoaderOptions, Normalization, OpenOptions, Source, open};
 //!
@@ -23,6 +25,7 @@
 //! ```
 
 mod cifar;
+mod codes;
 mod dataset;
 mod error;
 mod folder;
@@ -33,6 +36,10 @@ mod random;
 pub mod shapes;
 mod source;
 
+pub use codes::{
+    CODES_FORMAT_VERSION, CODES_ORDER, CodesFolder, CodesLevel, CodesManifest, CodesWriter,
+    ImageCodes, MANIFEST_FILE,
+};
 pub use dataset::{BrokenFile, Dataset, ImageShape, InMemory, Splits, pixel_variance};
 pub use error::Error;
 pub use loader::{Batch, Batches, Loader, LoaderOptions};

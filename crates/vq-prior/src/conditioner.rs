@@ -1,7 +1,7 @@
 //! What a prior sees of the levels above.
 
 use candle_core::Tensor;
-use vq_ops::Conv2d;
+use vq_ops::{Conv2d, Precision};
 
 use crate::attention::Attention;
 use crate::layers::{Builder, ClassNorm, CodeTable, Conv, Mode, Positions};
@@ -29,8 +29,10 @@ struct Level {
     channels: usize,
 }
 
-const CONV_3X3: Conv2d = Conv2d { stride: 1, padding: 1, dilation: 1, relu_input: true };
-const CONV_1X1: Conv2d = Conv2d { stride: 1, padding: 0, dilation: 1, relu_input: true };
+const CONV_3X3: Conv2d =
+    Conv2d { stride: 1, padding: 1, dilation: 1, relu_input: true, precision: Precision::F32 };
+const CONV_1X1: Conv2d =
+    Conv2d { stride: 1, padding: 0, dilation: 1, relu_input: true, precision: Precision::F32 };
 
 impl Conditioner {
     pub(crate) fn new(config: &Config, builder: &mut Builder) -> Result<Self> {

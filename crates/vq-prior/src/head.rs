@@ -1,7 +1,7 @@
 //! From a position's features to the distributions of its codes.
 
 use candle_core::{D, Tensor};
-use vq_ops::{Conv2d, PackedLinear};
+use vq_ops::{Conv2d, PackedLinear, Precision};
 
 use crate::layers::{Builder, CodeTable, Conv, Mode};
 use crate::{Config, Error, Result};
@@ -28,7 +28,8 @@ struct Part {
     logits: Conv,
 }
 
-const RELU_FIRST: Conv2d = Conv2d { stride: 1, padding: 0, dilation: 1, relu_input: true };
+const RELU_FIRST: Conv2d =
+    Conv2d { stride: 1, padding: 0, dilation: 1, relu_input: true, precision: Precision::F32 };
 
 impl Head {
     /// A head on features of `inputs` channels.

@@ -1,0 +1,87 @@
+//! Reading the codes of any image.
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
+
+use super::pack::Layout;
+use super::{CodesManifest, shard, shard_path};
+use crate::Error;
+
+/// A whole folder of codes, open for reading.
+#[derive(Debug)]
+pub struct CodesFolder {
+    path: PathBuf,
+    manifest: CodesManifest,
+    layout: Layout,
+    shards: Vec<Mutex<File>>,
+}
+
+/// The codes of one image.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ImageCodes {
+    /// The image's label; 0 where there are no classes.
+    pub label: u32,
+    /// h·w·G codes of every level, bottom (finest) first; the G codes of a position stand together.
+    pub levels: Vec<Vec<u32>>,
+}
+
+impl CodesFolder {
+    /// Opens a folder and checks every shard against its checksum, which reads each of them once. The
+    /// error names the first that is missing, truncated or damaged.
+    pub fn open(path: impl AsRef<Path>) -> Result<Self, Error> {
+        let path = path.as_ref().to_path_buf();
+        let manifest = CodesManifest::load(&path)?;
+        let layout = Layout::new(&manifest);
+        let open = |index: usize| {
+            let images = manifest.images_in(index);
+            shard::open(&shard_path(&path, index), images, layout.record_bytes()).map(Mutex::new)
+        };
+        let shards = (0..manifest.shards()).map(open).collect::<Result<_, _>>()?;
+        Ok(Self { path, manifest, layout, shards })
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What it holds.
+    pub fn manifest(&self) -> &CodesManifest {
+        &self.manifest
+    }
+
+    /// The number of images.
+    pub fn len(&self) -> usize {
+        self.manifest.images
+    }
+
+    /// Whether there is no image, which no folder is.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// The codes of image `index`, from any thread.
+    pub fn read(&self, index: usize) -> Result<ImageCodes, Error> {
+        let shard = index / self.manifest.images_per_shard;
+        let (Some(file), true) = (self.shards.get(shard), index < self.len()) else {
+            let problem = format!("has {} images: there is none of index {index}", self.len());
+            return Err(Error::codes(&self.path, problem));
+        };
+        let size = self.layout.record_bytes();
+        let first = shard::HEAD + index % self.manifest.images_per_shard * size;
+        let mut record = vec![0; size];
+        let path = shard_path(&self.path, shard);
+        {
+            // A thread that panicked left nothing half done: every read begins with a seek.
+            let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
+            file.seek(SeekFrom::Start(first as u64)).map_err(Error::io(&path))?;
+            file.read_exact(&mut record).map_err(Error::io(&path))?;
+        }
+        let (label, levels) = self.layout.unpack(&record).ok_or_else(|| {
+            Error::codes(&path, "was changed while it was in use: open the codes again")
+        })?;
+        Ok(ImageCodes { label, levels })
+    }
+}
