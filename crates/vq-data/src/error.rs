@@ -12,6 +12,24 @@ pub enum Error {
         /// Why.
         source: std::io::Error,
     },
+    /// A file or folder could not be written.
+    #[error(
+        "cannot write {}: {source}; check permissions and free space, or choose another folder",
+        path.display()
+    )]
+    Write {
+        /// Where.
+        path: PathBuf,
+        /// Why.
+        source: std::io::Error,
+    },
+    /// Images were to be made in a folder that holds something.
+    #[error(
+        "{} is not empty: choose another folder, or replace the images made there before with \
+         --overwrite (other files are kept)",
+        .0.display()
+    )]
+    FolderInUse(PathBuf),
     /// The name of a data source was not understood.
     #[error(
         "unknown data source `{0}`: use auto, cifar10, cifar10:PATH, shapes or folder:PATH \
@@ -183,5 +201,10 @@ impl Error {
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, source }
+    }
+
+    pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Write { path, source }
     }
 }
