@@ -113,12 +113,24 @@ impl VqVae {
     /// Codes to images `[B,C,H,W]` in the model's range, not clamped. The grids may be of any size, as
     /// long as those of the levels belong together.
     pub fn decode(&self, codes: &Codes) -> Result<Tensor> {
+        self.decode_levels(codes, &vec![true; self.levels.len()])
+    }
+
+    /// [`decode`](Self::decode) from some of the levels only, which shows what each of them carries (as
+    /// Razavi et al. 2019, figure 3): `shown` has a value for every level, bottom first.
+    ///
+    /// The maps of the other levels are zero. To the decoder's first convolution that is nothing at all,
+    /// while any code in their place, the most frequent or a mean, would add a content of its own. No map
+    /// was zero in training, so colours may be off; what can be made out is what counts.
+    pub fn decode_levels(&self, codes: &Codes, shown: &[bool]) -> Result<Tensor> {
         codes.validate(&self.config)?;
-        let maps: Vec<Tensor> = self
-            .levels
-            .iter()
-            .zip(&codes.levels)
-            .map(|(level, codes)| level.quantizer.decode(&codes.to_device(&self.device)?))
+        self.one_per_level(shown.len(), "a choice")?;
+        let levels = self.levels.iter().zip(&codes.levels).zip(shown);
+        let maps: Vec<Tensor> = levels
+            .map(|((level, codes), &is_shown)| {
+                let map = level.quantizer.decode(&codes.to_device(&self.device)?)?;
+                if is_shown { Ok(map) } else { Ok(map.zeros_like()?) }
+            })
             .collect::<Result<_>>()?;
         self.decode_maps(&maps, false)
     }

@@ -102,11 +102,14 @@ pub struct Evaluation {
     pub samples: Option<Samples>,
 }
 
-/// A few images and what became of them, both `[N,C,H,W]` f32 in [0, 1] on the CPU.
+/// A few images and what became of them, all `[N,C,H,W]` f32 in [0, 1] on the CPU.
 #[derive(Clone, Debug)]
 pub struct Samples {
     /// As they are in the data.
     pub originals: Tensor,
     /// After encoding and decoding.
     pub reconstructions: Tensor,
+    /// Decoded from one level of codes alone, bottom first; empty where there is only one. See
+    /// [`VqVae::decode_levels`](vq_model::VqVae::decode_levels).
+    pub levels: Vec<Tensor>,
 }

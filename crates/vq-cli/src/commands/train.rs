@@ -20,7 +20,8 @@ use crate::{output, recipes};
 ///
 /// Writes into the run folder (--out): `config.toml`, `metrics.jsonl`, `epoch_N_orig.png` and
 /// `epoch_N_recon.png` after every epoch (the same test images each time), `curves.svg`, `codebook.svg`,
-/// and checkpoints, with the links `last` and `best`.
+/// and checkpoints, with the links `last` and `best`. With several levels of codes also
+/// `epoch_N_recon_level0.png`, …, decoded from one level alone (0 = bottom), and `codebook.1.svg`, ….
 ///
 /// Ctrl-C or SIGTERM finish the step, save a checkpoint and end with exit code 130 or 143, ready for
 /// --resume; a second one ends at once.
