@@ -55,6 +55,6 @@ pub use run_folder::{METRICS_FILE, RECIPE_FILE, RunFolder};
 pub use schedule::{Schedule, learning_rate};
 pub use ssim::ssim;
 pub use state::{Progress, Running, TRAINING_FILE, read_progress};
-pub use tokenizer::{Residue, Tokenizer};
+pub use tokenizer::{Part, Residue, Tokenizer};
 pub use trainable::{Evaluation, Forward, Samples, Trainable, Update};
 pub use trainer::{Outcome, Trainer};
