@@ -200,6 +200,31 @@ impl VqVae {
         Ok(total)
     }
 
+    /// About how many f32 values a training step holds for one image of [`Config::image_size`]: reckoned
+    /// from the layers' shapes, for an estimate of the memory that a batch takes.
+    pub fn activations(&self) -> Result<u64> {
+        let [height, width] = self.config.image_size;
+        let grids = self.config.grids(height, width)?;
+        let mut input = (height, width);
+        // Images, reconstruction, and their difference with its gradient.
+        let mut total = (4 * height * width * self.config.channels) as u64;
+        for (index, (level, &[h, w])) in self.levels.iter().zip(&grids).enumerate() {
+            total += level.encoder.activations(input)?.0;
+            if let Some(projection) = &level.projection {
+                // Features beside what the level above decoded to, and the gradient of both.
+                let above = self.config.levels.get(index + 1).map_or(0, |above| above.hidden);
+                let own = self.config.levels.get(index).map_or(0, |level| level.hidden);
+                total += (2 * h * w * (own + above)) as u64 + projection.activations((h, w))?.0;
+            }
+            // z_e, z_q and what the losses make of them.
+            let dims: usize = self.config.levels.iter().skip(index).map(|l| l.quantizer.dim).sum();
+            total += (6 * h * w * dims) as u64;
+            total += level.decoder.activations((h, w))?.0;
+            input = (h, w);
+        }
+        Ok(total)
+    }
+
     /// Places every level's code vectors by `rounds` of k-means on a pool of
     /// [`Output::z_e`], one tensor `[…,D]` per level. N starts as the sizes of the clusters: a pool of
     /// one step's vectors weighs as much as one step in equilibrium.

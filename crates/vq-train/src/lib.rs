@@ -29,6 +29,7 @@ mod event;
 mod file;
 mod jsonl;
 mod loss;
+mod memory;
 mod metrics;
 mod optimizer;
 mod recipe;
@@ -49,6 +50,7 @@ pub use event::{
     StepFinished, Warning, WarningKind,
 };
 pub use jsonl::{MetricsFile, read_metrics, record};
+pub use memory::{MemoryEstimate, available_memory};
 pub use metrics::{Metrics, Usage};
 pub use recipe::{DataConfig, KMeansConfig, Recipe, RevivalConfig, TrainConfig};
 pub use run_folder::{METRICS_FILE, RECIPE_FILE, RunFolder};

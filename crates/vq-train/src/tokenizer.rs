@@ -73,6 +73,15 @@ impl Tokenizer {
         &self.model
     }
 
+    pub(crate) fn config(&self) -> &TrainConfig {
+        &self.config
+    }
+
+    /// The train split and the test split.
+    pub(crate) fn datasets(&self) -> [&Arc<dyn Dataset>; 2] {
+        [self.loader.dataset(), &self.test]
+    }
+
     /// Variance of the training pixels in [0, 1].
     pub fn variance(&self) -> f64 {
         self.variance
