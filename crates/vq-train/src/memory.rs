@@ -7,7 +7,7 @@ use crate::Tokenizer;
 /// About what training holds at its peak, in bytes, on the CPU.
 ///
 /// Reckoned from shapes, with a fifth on top of the activations for the convolutions' scratch. Compared by
-/// hand with the peak of the process (two levels, 128×128, batches of 32): 2.6 GB against 2.8 GB measured,
+/// hand with the peak of the process (two levels, 128×128, batches of 32): 2.5 GB against 2.8 GB measured,
 /// in 4 parts 0.8 GB against 1.0 GB. The process itself, some 100 MB, is not in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryEstimate {
