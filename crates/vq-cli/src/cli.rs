@@ -2,7 +2,7 @@
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-use crate::commands::{configs, decode, encode, eval, inspect, reconstruct, train};
+use crate::commands::{configs, data, decode, encode, eval, inspect, reconstruct, train};
 
 /// Trains, judges and uses VQ-VAE image tokenizers.
 #[derive(Debug, Parser)]
@@ -33,6 +33,7 @@ pub(crate) enum Command {
     Decode(decode::DecodeArgs),
     Inspect(inspect::InspectArgs),
     Configs(configs::ConfigsArgs),
+    Data(data::DataCommands),
 }
 
 #[cfg(test)]

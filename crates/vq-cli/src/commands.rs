@@ -1,6 +1,7 @@
 //! One file per command.
 
 pub(crate) mod configs;
+pub(crate) mod data;
 pub(crate) mod decode;
 pub(crate) mod encode;
 pub(crate) mod eval;
@@ -23,6 +24,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Decode(args) => decode::run(args, format)?,
         Command::Inspect(args) => inspect::run(args, format)?,
         Command::Configs(args) => configs::run(args)?,
+        Command::Data(args) => data::run(args, format)?,
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -26,11 +26,11 @@ pub(crate) struct ImageArgs {
     size: Option<Size>,
 }
 
-/// Pixels to scale to.
+/// A size in pixels: N for N×N, or `WIDTHxHEIGHT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Size {
-    height: usize,
-    width: usize,
+pub(crate) struct Size {
+    pub(crate) height: usize,
+    pub(crate) width: usize,
 }
 
 impl FromStr for Size {

@@ -11,6 +11,7 @@ mod images;
 mod npy;
 mod observers;
 mod output;
+mod progress;
 mod recipes;
 mod stop;
 

@@ -4,5 +4,5 @@ mod pace;
 mod pictures;
 mod report;
 
-pub(crate) use pictures::{GRID_COLUMNS, GRID_PADDING, Pictures, save_usage};
+pub(crate) use pictures::{Pictures, save_samples, save_usage};
 pub(crate) use report::Reporter;

@@ -71,6 +71,12 @@ pub(crate) fn count(n: u64) -> String {
     }
 }
 
+/// Bytes as `1.2 GB` or `34 MB`.
+pub(crate) fn bytes(n: u64) -> String {
+    let n = n as f64;
+    if n >= 1e9 { format!("{:.1} GB", n / 1e9) } else { format!("{:.0} MB", n / 1e6) }
+}
+
 /// Seconds as `1h02m`, `3m05s` or `12s`.
 pub(crate) fn duration(seconds: f64) -> String {
     let seconds = seconds.max(0.0).round() as u64;
@@ -89,6 +95,7 @@ mod tests {
     #[test]
     fn numbers_are_short() {
         assert_eq!([0, 9999, 12_345, 45_600_000].map(count), ["0", "9999", "12.3 k", "45.60 M"]);
+        assert_eq!([34_400_000, 12_340_000_000].map(bytes), ["34 MB", "12.3 GB"]);
         assert_eq!([0.4, 65.0, 3725.0].map(duration), ["0s", "1m05s", "1h02m"]);
     }
 }

@@ -17,9 +17,15 @@ pub(crate) const DEFAULT: &str = "cifar10";
 /// What it does with the built-in data set.
 pub(crate) const SHAPES: &str = "shapes";
 
-pub(crate) const EMBEDDED: [Embedded; 3] = [
+pub(crate) const EMBEDDED: [Embedded; 6] = [
     Embedded { name: DEFAULT, text: include_str!("../configs/cifar10.toml") },
     Embedded { name: "cifar10-paper", text: include_str!("../configs/cifar10-paper.toml") },
+    Embedded {
+        name: "cifar10-hierarchical",
+        text: include_str!("../configs/cifar10-hierarchical.toml"),
+    },
+    Embedded { name: "imagenet256", text: include_str!("../configs/imagenet256.toml") },
+    Embedded { name: "images1024", text: include_str!("../configs/images1024.toml") },
     Embedded { name: SHAPES, text: include_str!("../configs/shapes.toml") },
 ];
 
@@ -64,6 +70,21 @@ mod tests {
         for recipe in &EMBEDDED {
             load(recipe.name).unwrap().validate().unwrap();
             assert!(recipe.summary().len() > 20, "{}", recipe.name);
+        }
+        // Grids, bottom first, and bits an image, as their comments say.
+        for (name, grids, bits) in [
+            ("cifar10", &[8][..], 576.0),
+            ("cifar10-paper", &[8], 576.0),
+            ("cifar10-hierarchical", &[16, 8], 2_880.0),
+            ("imagenet256", &[64, 32], 46_080.0),
+            ("images1024", &[128, 64, 32], 193_536.0),
+            ("shapes", &[8], 512.0),
+        ] {
+            let model = load(name).unwrap().model;
+            let [height, width] = model.image_size;
+            let expected: Vec<[usize; 2]> = grids.iter().map(|&side| [side, side]).collect();
+            assert_eq!(model.grids(height, width).unwrap(), expected, "{name}");
+            assert!((model.bits_per_image() - bits).abs() < 1e-6, "{name}");
         }
         let error = load("cifar100").unwrap_err().to_string();
         assert!(error.contains("cifar10-paper"), "{error}");

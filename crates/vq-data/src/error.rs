@@ -13,7 +13,10 @@ pub enum Error {
         source: std::io::Error,
     },
     /// A file or folder could not be written. What stood there before is untouched.
-    #[error("cannot write {}: {source}; check permissions and free space, or choose another --out", path.display())]
+    #[error(
+        "cannot write {}: {source}; check permissions and free space, or choose another folder",
+        path.display()
+    )]
     Write {
         /// Where.
         path: PathBuf,
@@ -28,6 +31,13 @@ pub enum Error {
         /// What is the matter with it and what to do.
         problem: String,
     },
+    /// Images were to be made in a folder that holds something.
+    #[error(
+        "{} is not empty: choose another folder, or replace the images made there before with \
+         --overwrite (other files are kept)",
+        .0.display()
+    )]
+    FolderInUse(PathBuf),
     /// The name of a data source was not understood.
     #[error(
         "unknown data source `{0}`: use auto, cifar10, cifar10:PATH, shapes or folder:PATH \
@@ -203,5 +213,10 @@ impl Error {
     pub(crate) fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, source }
+    }
+
+    pub(crate) fn write(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Write { path, source }
     }
 }

@@ -4,11 +4,14 @@
 //! any length, and is the same everywhere. The scene does not depend on the size in pixels: a
 //! larger image is the same picture, sharper.
 
+mod export;
 mod outline;
 mod scene;
 mod texture;
 
 use std::sync::Arc;
+
+pub use export::{FileFormat, MakeOptions, make_images};
 
 use crate::dataset::check_read;
 use crate::{Dataset, Error, ImageShape, InMemory, OpenOptions, Splits};

@@ -71,10 +71,7 @@ impl Default for OpenOptions {
 
 /// Opens a source: checks it whole, so that training does not stumble over it later.
 pub fn open(source: &Source, options: &OpenOptions) -> Result<Splits, Error> {
-    let [height, width] = options.size;
-    if height == 0 || width == 0 || height > LARGEST_SIDE || width > LARGEST_SIDE {
-        return Err(Error::ImageSize { height, width, most: LARGEST_SIDE });
-    }
+    check_size(options.size)?;
     match source {
         Source::Auto => open_auto(options),
         Source::Cifar10(None) => cifar::open(&options.data_dir, options.size),
@@ -98,6 +95,14 @@ impl Source {
 
 /// Larger images would overflow memory long before this.
 const LARGEST_SIDE: usize = 16_384;
+
+/// Refuses a height or width that cannot be meant.
+pub(crate) fn check_size([height, width]: [usize; 2]) -> Result<(), Error> {
+    if height == 0 || width == 0 || height > LARGEST_SIDE || width > LARGEST_SIDE {
+        return Err(Error::ImageSize { height, width, most: LARGEST_SIDE });
+    }
+    Ok(())
+}
 
 fn open_auto(options: &OpenOptions) -> Result<Splits, Error> {
     let here = cifar::is_there(&options.data_dir);

@@ -113,12 +113,24 @@ impl VqVae {
     /// Codes to images `[B,C,H,W]` in the model's range, not clamped. The grids may be of any size, as
     /// long as those of the levels belong together.
     pub fn decode(&self, codes: &Codes) -> Result<Tensor> {
+        self.decode_levels(codes, &vec![true; self.levels.len()])
+    }
+
+    /// [`decode`](Self::decode) from some of the levels only, which shows what each of them carries (as
+    /// Razavi et al. 2019, figure 3): `shown` has a value for every level, bottom first.
+    ///
+    /// The maps of the other levels are zero. To the decoder's first convolution that is nothing at all,
+    /// while any code in their place, the most frequent or a mean, would add a content of its own. No map
+    /// was zero in training, so colours may be off; what can be made out is what counts.
+    pub fn decode_levels(&self, codes: &Codes, shown: &[bool]) -> Result<Tensor> {
         codes.validate(&self.config)?;
-        let maps: Vec<Tensor> = self
-            .levels
-            .iter()
-            .zip(&codes.levels)
-            .map(|(level, codes)| level.quantizer.decode(&codes.to_device(&self.device)?))
+        self.one_per_level(shown.len(), "a choice")?;
+        let levels = self.levels.iter().zip(&codes.levels).zip(shown);
+        let maps: Vec<Tensor> = levels
+            .map(|((level, codes), &is_shown)| {
+                let map = level.quantizer.decode(&codes.to_device(&self.device)?)?;
+                if is_shown { Ok(map) } else { Ok(map.zeros_like()?) }
+            })
             .collect::<Result<_>>()?;
         self.decode_maps(&maps, false)
     }
@@ -183,6 +195,31 @@ impl VqVae {
             }
             total += level.quantizer.multiply_adds(h * w);
             total += level.decoder.multiply_adds((h, w))?.0;
+            input = (h, w);
+        }
+        Ok(total)
+    }
+
+    /// About how many f32 values a training step holds for one image of [`Config::image_size`]: reckoned
+    /// from the layers' shapes, for an estimate of the memory that a batch takes.
+    pub fn activations(&self) -> Result<u64> {
+        let [height, width] = self.config.image_size;
+        let grids = self.config.grids(height, width)?;
+        let mut input = (height, width);
+        // Images, reconstruction, and their difference with its gradient.
+        let mut total = (4 * height * width * self.config.channels) as u64;
+        for (index, (level, &[h, w])) in self.levels.iter().zip(&grids).enumerate() {
+            total += level.encoder.activations(input)?.0;
+            if let Some(projection) = &level.projection {
+                // Features beside what the level above decoded to, and the gradient of both.
+                let above = self.config.levels.get(index + 1).map_or(0, |above| above.hidden);
+                let own = self.config.levels.get(index).map_or(0, |level| level.hidden);
+                total += (2 * h * w * (own + above)) as u64 + projection.activations((h, w))?.0;
+            }
+            // z_e, z_q and what the losses make of them.
+            let dims: usize = self.config.levels.iter().skip(index).map(|l| l.quantizer.dim).sum();
+            total += (6 * h * w * dims) as u64;
+            total += level.decoder.activations((h, w))?.0;
             input = (h, w);
         }
         Ok(total)

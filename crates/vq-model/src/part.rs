@@ -1,6 +1,6 @@
 //! A named chain of layers with its parameters, and how parameters start.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Device, Tensor, Var};
 use vq_ops::{Layer, Precision, Stack};
@@ -43,6 +43,24 @@ impl Part {
         };
         let params: Vec<Tensor> = self.params.iter().map(tensor).collect();
         Ok(self.stack.forward(x, &params)?)
+    }
+
+    /// About how many values are held for one image between its forward and its backward pass: the
+    /// outputs of all layers, the insides of residual blocks, and one gradient of each length. And the size
+    /// that comes out.
+    pub(crate) fn activations(&self, size: (usize, usize)) -> Result<(u64, (usize, usize))> {
+        let (mut size, mut kept, mut gradients) = (size, 0, BTreeSet::new());
+        for layer in self.stack.layers() {
+            let area = size.0 * size.1;
+            gradients.insert(area * layer.in_channels());
+            if let Layer::Residual { hidden, .. } = layer {
+                kept += area * hidden;
+                gradients.insert(area * hidden);
+            }
+            size = layer.output_size(size.0, size.1)?;
+            kept += size.0 * size.1 * layer.out_channels();
+        }
+        Ok(((kept + gradients.into_iter().sum::<usize>()) as u64, size))
     }
 
     /// Multiply-adds for one image, and the size that comes out.

@@ -191,3 +191,22 @@ proptest! {
         prop_assert!(values(&images).iter().all(|v| v.is_finite()));
     }
 }
+
+#[test]
+fn a_level_that_is_left_out_does_not_matter() {
+    let config = two_levels();
+    let model = model(&config, 0);
+    let codes = model.encode(&images(&config, 2, 0)).unwrap();
+    let decode =
+        |codes: &Codes, shown: &[bool]| values(&model.decode_levels(codes, shown).unwrap());
+    assert_eq!(decode(&codes, &[true, true]), values(&model.decode(&codes).unwrap()));
+    let other = model.encode(&images(&config, 2, 7)).unwrap();
+    let (bottom, top) = ([true, false], [false, true]);
+    assert_ne!(decode(&codes, &bottom), decode(&codes, &top));
+    // The other level's codes may be anything.
+    let mixed = Codes { levels: vec![codes.levels[0].clone(), other.levels[1].clone()] };
+    assert_eq!(decode(&mixed, &bottom), decode(&codes, &bottom));
+    assert_eq!(decode(&mixed, &top), decode(&other, &top));
+    let error = model.decode_levels(&codes, &[true]).unwrap_err().to_string();
+    assert!(error.contains("2 level(s)"), "{error}");
+}

@@ -142,7 +142,9 @@ fn quantizer_dropout_uses_the_first_stages_of_some_images_in_training_alone() {
     let quantizer = model.quantizer(0).unwrap();
     let z = uniform(0, &[600, 1, 2, 6], 0.5);
     let whole = quantizer.quantize(&z).unwrap();
-    let train = |seed, step| quantizer.quantize_training(&z, TrainingStep { seed, step }).unwrap();
+    let train = |seed, step| {
+        quantizer.quantize_training(&z, TrainingStep { seed, step, first_image: 0 }).unwrap()
+    };
     let trained = train(3, 9);
     assert_eq!(codes(&trained.codes), codes(&whole.codes), "the codes stay those of all stages");
     assert_eq!(values(&trained.z_q), values(&train(3, 9).z_q), "seed and step decide");
@@ -177,7 +179,10 @@ fn quantizer_dropout_uses_the_first_stages_of_some_images_in_training_alone() {
     }
     // An image's draw does not depend on how many others there are.
     let half = quantizer
-        .quantize_training(&z.narrow(0, 0, 300).unwrap(), TrainingStep { seed: 3, step: 9 })
+        .quantize_training(
+            &z.narrow(0, 0, 300).unwrap(),
+            TrainingStep { seed: 3, step: 9, first_image: 0 },
+        )
         .unwrap();
     assert_eq!(values(&half.z_q), values(&trained.z_q)[..3600]);
 }
@@ -186,7 +191,9 @@ fn quantizer_dropout_uses_the_first_stages_of_some_images_in_training_alone() {
 fn what_is_random_in_training_does_not_reach_forward_and_evaluation() {
     for config in every_quantizer() {
         let (model, images) = (model(&small_of(&config), 0), images(&small_of(&config), 8, 1));
-        let trained = model.forward_training(&images, TrainingStep { seed: 1, step: 1 }).unwrap();
+        let trained = model
+            .forward_training(&images, TrainingStep { seed: 1, step: 1, first_image: 0 })
+            .unwrap();
         let (plain, evaluated) =
             (model.forward(&images).unwrap(), model.evaluate(&images).unwrap());
         assert_eq!(values(&plain.reconstruction), values(&evaluated.reconstruction));

@@ -118,7 +118,7 @@ fn every_quantizer_trains_every_parameter_of_a_model_of_two_levels() {
         let mut config = small_of(&quantizer);
         config.levels.push(config.levels[0].clone());
         let (model, images) = (model(&config, 0), images(&config, 4, 1));
-        let step = TrainingStep { seed: 1, step: 1 };
+        let step = TrainingStep { seed: 1, step: 1, first_image: 0 };
         let output = model.forward_training(&images, step).unwrap();
         let mut loss = output.reconstruction.sqr().unwrap().mean_all().unwrap();
         loss = (loss + &output.codebook_loss).unwrap();
@@ -153,7 +153,7 @@ fn nothing_but_an_update_changes_a_quantizer() {
         let codes = model.encode(&images).unwrap();
         model.decode(&codes).unwrap();
         model.forward(&images).unwrap().commitment_loss.backward().unwrap();
-        model.forward_training(&images, TrainingStep { seed: 3, step: 4 }).unwrap();
+        model.forward_training(&images, TrainingStep { seed: 3, step: 4, first_image: 0 }).unwrap();
         model.quantizer(0).unwrap().codebooks().unwrap();
         assert_eq!(bits(&model), before, "{quantizer:?}");
         let options = CodebookUpdate { revive_threshold: 0.5, seed: 0 };
@@ -179,7 +179,9 @@ fn a_saved_model_of_every_quantizer_loads_to_the_bit_and_goes_on_alike() {
         let (model, images) = (model(&config, 0), images(&config, 6, 1));
         let options = CodebookUpdate { revive_threshold: 0.3, seed: 4 };
         let step = |model: &VqVae, step: u64| {
-            let output = model.forward_training(&images, TrainingStep { seed: 4, step }).unwrap();
+            let output = model
+                .forward_training(&images, TrainingStep { seed: 4, step, first_image: 0 })
+                .unwrap();
             let reports = model.update_codebooks(&output.z_e, &output.codes, &options, step);
             (reports.unwrap(), values(&output.reconstruction))
         };

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use candle_core::{Device, Tensor};
 use rayon::prelude::*;
 use vq_data::{Dataset, Loader, LoaderOptions};
-use vq_model::{LevelConfig, VqVae};
+use vq_model::{Codes, LevelConfig, VqVae};
 
 use crate::ssim::ssim;
 use crate::{Error, Evaluation, Metrics, Result, Samples, Usage};
@@ -73,7 +73,8 @@ pub fn evaluate(
         let (originals, reconstructions) =
             (pixels(&batch.images)?, pixels(&output.reconstruction)?);
         tally.images(&originals, &reconstructions)?;
-        tally.samples(&batch.indices, &originals, &reconstructions)?;
+        let kept = tally.samples(&batch.indices, &originals, &reconstructions)?;
+        tally.sample_levels(model, &output.codes, &kept)?;
         tally.losses(
             batch.indices.len(),
             output.codebook_loss.to_scalar::<f32>()?,
@@ -138,10 +139,13 @@ struct Tally {
     most_samples: usize,
     originals: Vec<Tensor>,
     reconstructions: Vec<Tensor>,
+    /// One list per level where there are several, else none.
+    levels: Vec<Vec<Tensor>>,
 }
 
 impl Tally {
     fn new(model: &VqVae, images: usize, samples: usize) -> Self {
+        let levels = model.config().levels.len();
         Self {
             images: 0,
             mse: 0.0,
@@ -154,6 +158,7 @@ impl Tally {
             most_samples: samples,
             originals: Vec::new(),
             reconstructions: Vec::new(),
+            levels: vec![Vec::new(); if levels > 1 { levels } else { 0 }],
         }
     }
 
@@ -177,16 +182,33 @@ impl Tally {
         Ok(())
     }
 
+    /// Keeps some of a batch; which rows of it.
     fn samples(
         &mut self,
         indices: &[usize],
         originals: &Tensor,
         reconstructions: &Tensor,
-    ) -> Result<()> {
+    ) -> Result<Vec<usize>> {
+        let mut kept = Vec::new();
         for (row, index) in indices.iter().enumerate() {
             if index % self.spacing == 0 && self.originals.len() < self.most_samples {
                 self.originals.push(originals.get(row)?.copy()?);
                 self.reconstructions.push(reconstructions.get(row)?.copy()?);
+                kept.push(row);
+            }
+        }
+        Ok(kept)
+    }
+
+    /// What each level alone makes of the codes of these rows.
+    fn sample_levels(&mut self, model: &VqVae, codes: &Codes, rows: &[usize]) -> Result<()> {
+        let count = self.levels.len();
+        for (level, samples) in self.levels.iter_mut().enumerate() {
+            let shown: Vec<bool> = (0..count).map(|other| other == level).collect();
+            for &row in rows {
+                let decoded = model.decode_levels(&codes.narrow(row, 1)?, &shown)?;
+                let pixels = model.config().normalization.denormalize(&decoded)?;
+                samples.push(pixels.get(0)?.to_device(&Device::Cpu)?.contiguous()?);
             }
         }
         Ok(())
@@ -217,9 +239,11 @@ impl Tally {
         let samples = if self.originals.is_empty() {
             None
         } else {
+            let stack = |images: &Vec<Tensor>| Tensor::stack(images, 0);
             Some(Samples {
-                originals: Tensor::stack(&self.originals, 0)?,
-                reconstructions: Tensor::stack(&self.reconstructions, 0)?,
+                originals: stack(&self.originals)?,
+                reconstructions: stack(&self.reconstructions)?,
+                levels: self.levels.iter().map(stack).collect::<candle_core::Result<_>>()?,
             })
         };
         Ok(Evaluation {

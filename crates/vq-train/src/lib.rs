@@ -29,6 +29,7 @@ mod event;
 mod file;
 mod jsonl;
 mod loss;
+mod memory;
 mod metrics;
 mod optimizer;
 mod recipe;
@@ -49,12 +50,13 @@ pub use event::{
     StepFinished, Warning, WarningKind,
 };
 pub use jsonl::{MetricsFile, read_metrics, record};
+pub use memory::{MemoryEstimate, available_memory};
 pub use metrics::{Metrics, Usage};
 pub use recipe::{DataConfig, KMeansConfig, Recipe, RevivalConfig, TrainConfig};
 pub use run_folder::{METRICS_FILE, RECIPE_FILE, RunFolder};
 pub use schedule::{Schedule, learning_rate};
 pub use ssim::ssim;
 pub use state::{Progress, Running, TRAINING_FILE, read_progress};
-pub use tokenizer::{Residue, Tokenizer};
+pub use tokenizer::{Part, Residue, Tokenizer};
 pub use trainable::{Evaluation, Forward, Samples, Trainable, Update};
 pub use trainer::{Outcome, Trainer};

@@ -48,6 +48,10 @@ pub struct TrainConfig {
     pub epochs: usize,
     /// Images per step.
     pub batch_size: usize,
+    /// Parts in which a step's images go through the model, to need less memory: each part's gradient is
+    /// added to those before, and the optimizer and the codebooks move once, by the whole batch. The same
+    /// to rounding, except for `entropy_weight` with its diversity, which looks at a part at a time.
+    pub accumulate: usize,
     /// Decides the initial weights, the order of the images, the flips and the revived codes.
     pub seed: u64,
 
@@ -152,6 +156,7 @@ impl Default for TrainConfig {
         Self {
             epochs: 50,
             batch_size: 128,
+            accumulate: 1,
             seed: 0,
             lr: 3e-3,
             warmup_steps: 100,
@@ -230,6 +235,14 @@ impl TrainConfig {
     fn validate(&self) -> Result<()> {
         at_least("train.epochs", self.epochs, 1)?;
         at_least("train.batch_size", self.batch_size, 1)?;
+        at_least("train.accumulate", self.accumulate, 1)?;
+        if self.accumulate > self.batch_size {
+            let problem = format!(
+                "must be at most train.batch_size ({}), got {}",
+                self.batch_size, self.accumulate
+            );
+            return Err(Error::config("train.accumulate", problem));
+        }
         // TOML's integers are signed.
         if self.seed > i64::MAX as u64 {
             let problem = format!("must be at most {}, got {}", i64::MAX, self.seed);

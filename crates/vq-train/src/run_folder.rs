@@ -101,13 +101,18 @@ impl RunFolder {
     }
 }
 
-/// `epoch_N_orig.png`, `epoch_N_recon.png`, and `codebook.N.svg` of the levels above the bottom
+/// `epoch_N_orig.png`, `epoch_N_recon.png`, `epoch_N_recon_levelL.png`, and `codebook.N.svg` of the levels
+/// above the bottom.
 fn is_picture(name: &str) -> bool {
-    let grid = name
-        .strip_prefix("epoch_")
-        .and_then(|rest| rest.strip_suffix("_orig.png").or(rest.strip_suffix("_recon.png")));
+    let is_number = |text: &str| text.parse::<u64>().is_ok();
+    let grid = name.strip_prefix("epoch_").and_then(|rest| rest.strip_suffix(".png"));
+    if let Some((epoch, what)) = grid.and_then(|rest| rest.split_once('_')) {
+        let level = what.strip_prefix("recon_level");
+        return is_number(epoch)
+            && (["orig", "recon"].contains(&what) || level.is_some_and(is_number));
+    }
     let usage = name.strip_prefix("codebook.").and_then(|rest| rest.strip_suffix(".svg"));
-    grid.or(usage).is_some_and(|number| number.parse::<u64>().is_ok())
+    usage.is_some_and(is_number)
 }
 
 #[cfg(test)]
@@ -127,9 +132,14 @@ mod tests {
         for way in ["--resume", "--out", "--overwrite"] {
             assert!(error.contains(way), "{error}");
         }
-        for name in
-            ["epoch_1_orig.png", "metrics.jsonl", "curves.svg", "epoch_x_orig.png", "notes.txt"]
-        {
+        for name in [
+            "epoch_1_orig.png",
+            "epoch_12_recon_level0.png",
+            "metrics.jsonl",
+            "curves.svg",
+            "epoch_x_orig.png",
+            "notes.txt",
+        ] {
             fs::write(path.join(name), "x").unwrap();
         }
         RunFolder::create(&path, &recipe, true).unwrap();

@@ -27,6 +27,13 @@ pub struct Tokenizer {
     config: TrainConfig,
 }
 
+/// A batch, or a part of one.
+pub struct Part {
+    images: Tensor,
+    /// Which image of the batch the first one is.
+    first: usize,
+}
+
 /// What a step leaves for the codebooks' update.
 pub struct Residue {
     z_e: Vec<Tensor>,
@@ -66,6 +73,15 @@ impl Tokenizer {
         &self.model
     }
 
+    pub(crate) fn config(&self) -> &TrainConfig {
+        &self.config
+    }
+
+    /// The train split and the test split.
+    pub(crate) fn datasets(&self) -> [&Arc<dyn Dataset>; 2] {
+        [self.loader.dataset(), &self.test]
+    }
+
     /// Variance of the training pixels in [0, 1].
     pub fn variance(&self) -> f64 {
         self.variance
@@ -80,15 +96,17 @@ impl Tokenizer {
 }
 
 impl Trainable for Tokenizer {
-    type Batch = Batch;
+    type Batch = Part;
     type Residue = Residue;
 
     fn batches_per_epoch(&self) -> usize {
         self.loader.batches_per_epoch()
     }
 
-    fn batches(&self, epoch: u64, first: usize) -> Box<dyn Iterator<Item = Result<Batch>> + Send> {
-        Box::new(self.loader.epoch(epoch, first).map(|batch| batch.map_err(Error::from)))
+    fn batches(&self, epoch: u64, first: usize) -> Box<dyn Iterator<Item = Result<Part>> + Send> {
+        let whole = |batch: Batch| Part { images: batch.images, first: 0 };
+        let batches = self.loader.epoch(epoch, first);
+        Box::new(batches.map(move |batch| batch.map(whole).map_err(Error::from)))
     }
 
     fn parameters(&self) -> &BTreeMap<String, Var> {
@@ -109,13 +127,16 @@ impl Trainable for Tokenizer {
         }
         let mut pools: Vec<Vec<Tensor>> = vec![Vec::new(); self.model.config().levels.len()];
         let mut vectors = 0;
-        for batch in self.loader.epoch(0, 0) {
-            let images = batch?.images.to_device(self.model.device())?;
-            for (pool, z_e) in pools.iter_mut().zip(self.model.evaluate(&images)?.z_e) {
-                let dim = z_e.dim(candle_core::D::Minus1)?;
-                pool.push(z_e.reshape(((), dim))?);
+        for batch in self.batches(0, 0) {
+            for part in self.split(batch?, self.config.accumulate)? {
+                let images = part.images.to_device(self.model.device())?;
+                for (pool, z_e) in pools.iter_mut().zip(self.model.evaluate(&images)?.z_e) {
+                    let dim = z_e.dim(candle_core::D::Minus1)?;
+                    pool.push(z_e.reshape(((), dim))?);
+                }
+                vectors +=
+                    pools.first().and_then(|pool| pool.last()).map_or(Ok(0), |z| z.dim(0))?;
             }
-            vectors += pools.first().and_then(|pool| pool.last()).map_or(Ok(0), |z| z.dim(0))?;
             if vectors >= self.config.kmeans.vectors {
                 break;
             }
@@ -125,15 +146,42 @@ impl Trainable for Tokenizer {
         Ok(self.model.initialize_codebooks(&pools, rounds, self.config.seed)?)
     }
 
-    fn forward(&self, batch: &Batch, step: u64) -> Result<Forward<Residue>> {
+    fn split(&self, batch: Part, count: usize) -> Result<Vec<Part>> {
+        let images = batch.images.dim(0)?;
+        let size = images.div_ceil(count.max(1)).max(1);
+        (0..images)
+            .step_by(size)
+            .map(|first| {
+                let part = batch.images.narrow(0, first, size.min(images - first))?;
+                Ok(Part { images: part.contiguous()?, first: batch.first + first })
+            })
+            .collect()
+    }
+
+    fn join(&self, parts: Vec<Residue>) -> Result<Option<Residue>> {
+        let (mut z_es, mut codes) = (Vec::new(), Vec::new());
+        for part in parts {
+            z_es.push(part.z_e);
+            codes.push(part.codes);
+        }
+        let Some(levels) = z_es.first().map(Vec::len) else { return Ok(None) };
+        let level = |level: usize| -> Result<Tensor> {
+            let parts: Vec<&Tensor> = z_es.iter().filter_map(|z_e| z_e.get(level)).collect();
+            Ok(Tensor::cat(&parts, 0)?)
+        };
+        let z_e = (0..levels).map(level).collect::<Result<_>>()?;
+        Ok(Some(Residue { z_e, codes: Codes::concat(&codes)? }))
+    }
+
+    fn forward(&self, batch: &Part, step: u64) -> Result<Forward<Residue>> {
         let images = batch.images.to_device(self.model.device())?;
-        let step = TrainingStep { seed: self.config.seed, step };
+        let step = TrainingStep { seed: self.config.seed, step, first_image: batch.first };
         let output = self.model.forward_training(&images, step)?;
         let (loss, terms) = self.loss.of(&output, &images)?;
         let mut usage = empty_usage(&self.model);
         count_codes(&mut usage, &output.codes.levels)?;
         let residue = Residue { z_e: output.z_e, codes: output.codes };
-        Ok(Forward { loss, terms, examples: batch.indices.len(), usage, residue })
+        Ok(Forward { loss, terms, examples: images.dim(0)?, usage, residue })
     }
 
     fn update(&mut self, residue: Residue, step: u64) -> Result<Update> {
@@ -156,7 +204,7 @@ impl Trainable for Tokenizer {
 
     fn evaluate(&self, stop: &AtomicBool) -> Result<Option<Evaluation>> {
         let options = EvaluateOptions {
-            batch_size: self.config.batch_size,
+            batch_size: self.config.batch_size.div_ceil(self.config.accumulate.max(1)),
             variance: self.variance,
             samples: self.config.samples,
             stop: Some(stop),

@@ -42,6 +42,21 @@ pub trait Trainable {
     /// The loss of a batch in a step (numbered from 1), on which alone depends what is random in it.
     fn forward(&self, batch: &Self::Batch, step: u64) -> Result<Forward<Self::Residue>>;
 
+    /// A batch as `count` parts, or as many as it can be cut into, in order: what is held for a backward
+    /// pass is then that of one part, while their gradients add up to the batch's. What is random in a
+    /// part must be what it is in the whole.
+    ///
+    /// A task that overrides this also overrides [`join`](Self::join).
+    fn split(&self, batch: Self::Batch, count: usize) -> Result<Vec<Self::Batch>> {
+        let _ = count;
+        Ok(vec![batch])
+    }
+
+    /// What the parts of a batch left behind, in their order, as the whole batch would have.
+    fn join(&self, parts: Vec<Self::Residue>) -> Result<Option<Self::Residue>> {
+        Ok(parts.into_iter().next())
+    }
+
     /// Called after the optimizer's step (numbered from 1), e.g. to move an EMA codebook.
     fn update(&mut self, residue: Self::Residue, step: u64) -> Result<Update>;
 
@@ -67,7 +82,8 @@ pub trait Trainable {
 
 /// What one batch gives.
 pub struct Forward<R> {
-    /// The scalar to descend on.
+    /// The scalar to descend on; a mean over the images, so that the parts of a batch, weighted by their
+    /// images, give that of the batch.
     pub loss: Tensor,
     /// The terms that the loss is made of, as they are reported.
     pub terms: Metrics,
@@ -102,11 +118,14 @@ pub struct Evaluation {
     pub samples: Option<Samples>,
 }
 
-/// A few images and what became of them, both `[N,C,H,W]` f32 in [0, 1] on the CPU.
+/// A few images and what became of them, all `[N,C,H,W]` f32 in [0, 1] on the CPU.
 #[derive(Clone, Debug)]
 pub struct Samples {
     /// As they are in the data.
     pub originals: Tensor,
     /// After encoding and decoding.
     pub reconstructions: Tensor,
+    /// Decoded from one level of codes alone, bottom first; empty where there is only one. See
+    /// [`VqVae::decode_levels`](vq_model::VqVae::decode_levels).
+    pub levels: Vec<Tensor>,
 }

@@ -1,5 +1,6 @@
 //! The training loop.
 
+mod accumulate;
 mod persist;
 mod report;
 
@@ -8,14 +9,15 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use self::accumulate::Learned;
 use self::report::{COLLAPSE_WINDOW, Clock, emit};
 use crate::evaluate::usage_metrics;
 use crate::optimizer::{Optimizer, clip_scale, gradient_norm};
 use crate::schedule::learning_rate;
 use crate::state::Progress;
 use crate::{
-    Best, Checkpoints, EpochFinished, EpochRecord, Error, Evaluation, Event, Forward, Metrics,
-    Observer, Result, RunStarted, TrainConfig, Trainable, WarningKind,
+    Best, Checkpoints, EpochFinished, EpochRecord, Error, Evaluation, Event, Metrics, Observer,
+    Result, RunStarted, TrainConfig, Trainable, WarningKind,
 };
 
 /// Trains a [`Trainable`]: steps, evaluations, checkpoints; says what happens to its observers.
@@ -112,7 +114,7 @@ impl<T: Trainable> Trainer<T> {
             return Ok(false);
         }
         for batch in self.task.batches(self.progress.epoch as u64, self.progress.batch) {
-            self.step(&batch?)?;
+            self.step(batch?)?;
             let every = self.config.checkpoint_every_steps;
             let is_last = self.progress.batch == self.progress.batches_per_epoch;
             if every > 0 && self.progress.step.is_multiple_of(every) && !is_last {
@@ -125,12 +127,9 @@ impl<T: Trainable> Trainer<T> {
         Ok(true)
     }
 
-    fn step(&mut self, batch: &T::Batch) -> Result<()> {
+    fn step(&mut self, batch: T::Batch) -> Result<()> {
         let step = self.progress.step + 1;
-        let forward = self.task.forward(batch, step).map_err(|error| self.explain(step, error))?;
-        let Forward { loss, terms, examples, usage, residue } = forward;
-        self.require_finite_loss(step, &terms)?;
-        let gradients = loss.backward()?;
+        let Learned { gradients, terms, examples, usage, residue } = self.learn(batch, step)?;
         let norm = gradient_norm(self.task.parameters(), &gradients)?;
         self.require(norm.is_finite(), step, || format!("the gradient's norm is {norm}"))?;
         let lr = learning_rate(&self.config, self.progress.step, self.total_steps());

@@ -18,6 +18,6 @@ pub(crate) fn run(args: &ConfigsArgs) -> Result<()> {
         Some(name) => output::line(recipes::embedded(name)?.text.trim_end()),
         None => recipes::EMBEDDED
             .iter()
-            .try_for_each(|recipe| output::line(format!("{:15}{}", recipe.name, recipe.summary()))),
+            .try_for_each(|recipe| output::line(format!("{:22}{}", recipe.name, recipe.summary()))),
     }
 }

@@ -10,13 +10,12 @@ use vq_data::pixel_variance;
 use vq_train::{
     DataConfig, EvaluateOptions, Evaluation, RECIPE_FILE, Recipe, evaluate, resolve_model,
 };
-use vq_viz::{image_grid, save_png};
 
 use crate::cli::LogFormat;
 use crate::compute::ComputeArgs;
 use crate::data_args::DataArgs;
 use crate::error::{Error, Result};
-use crate::observers::{GRID_COLUMNS, GRID_PADDING, save_usage};
+use crate::observers::{save_samples, save_usage};
 use crate::{file, output};
 
 /// Judge a model on a data set: MSE, PSNR, SSIM, perplexity, codes in use.
@@ -36,7 +35,8 @@ pub(crate) struct EvalArgs {
     #[arg(long, alias = "batch_size", default_value_t = 128, value_name = "N")]
     batch_size: usize,
 
-    /// Also write `eval_orig.png`, `eval_recon.png` and `eval_codebook.svg` there.
+    /// Also write `eval_orig.png`, `eval_recon.png` and `eval_codebook.svg` there; with several levels of
+    /// codes also `eval_recon_level0.png`, … (from each level alone, 0 = bottom) and `eval_codebook.1.svg`, ….
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
 
@@ -107,14 +107,14 @@ fn trained_on(folder: &Path) -> Result<Option<DataConfig>> {
 fn pictures(out: &Path, evaluation: &Evaluation) -> Result<()> {
     file::make_folder(out)?;
     if let Some(samples) = &evaluation.samples {
-        for (name, images) in
-            [("eval_orig.png", &samples.originals), ("eval_recon.png", &samples.reconstructions)]
-        {
-            save_png(&image_grid(images, GRID_COLUMNS, GRID_PADDING)?, &out.join(name))?;
-        }
+        save_samples(out, "eval", samples)?;
     }
-    if let Some(usage) = evaluation.usage.first() {
-        save_usage(&out.join("eval_codebook"), "Codebook usage", usage)?;
+    for (level, usage) in evaluation.usage.iter().enumerate() {
+        let (file, title) = match level {
+            0 => ("eval_codebook".to_owned(), "Codebook usage".to_owned()),
+            _ => (format!("eval_codebook.{level}"), format!("Codebook usage, level {level}")),
+        };
+        save_usage(&out.join(file), &title, usage)?;
     }
     Ok(())
 }

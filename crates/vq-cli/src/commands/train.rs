@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use candle_core::Device;
 use clap::Args;
 use vq_data::{Source, Splits};
-use vq_train::{MetricsFile, Outcome, Recipe, RunFolder, Tokenizer, Trainer};
+use vq_train::{MetricsFile, Outcome, Recipe, RunFolder, Tokenizer, Trainer, available_memory};
 
 use crate::cli::LogFormat;
 use crate::compute::{self, ComputeArgs};
@@ -20,7 +20,8 @@ use crate::{output, recipes};
 ///
 /// Writes into the run folder (--out): `config.toml`, `metrics.jsonl`, `epoch_N_orig.png` and
 /// `epoch_N_recon.png` after every epoch (the same test images each time), `curves.svg`, `codebook.svg`,
-/// and checkpoints, with the links `last` and `best`.
+/// and checkpoints, with the links `last` and `best`. With several levels of codes also
+/// `epoch_N_recon_level0.png`, …, decoded from one level alone (0 = bottom), and `codebook.1.svg`, ….
 ///
 /// Ctrl-C or SIGTERM finish the step, save a checkpoint and end with exit code 130 or 143, ready for
 /// --resume; a second one ends at once.
@@ -180,9 +181,32 @@ fn describe(
     device: &Device,
     format: LogFormat,
 ) -> Result<()> {
+    let memory = tokenizer.memory()?;
+    if device.is_cpu()
+        && let Some(available) = available_memory()
+        && memory.total() > available
+    {
+        let train = &recipe.train;
+        let message = format!(
+            "training will take about {} of memory and {} are free; take fewer images a step (--batch-size, \
+             now {}) or run them through the model in more parts (--set train.accumulate=N, now {})",
+            output::bytes(memory.total()),
+            output::bytes(available),
+            train.batch_size,
+            train.accumulate
+        );
+        output::note(format, &message)?;
+    }
     if format == LogFormat::Json {
         return Ok(());
     }
+    output::line(format!(
+        "memory  about {}: {} for a batch's activations, {} for parameters and moments, {} for images",
+        output::bytes(memory.total()),
+        output::bytes(memory.activations),
+        output::bytes(memory.parameters),
+        output::bytes(memory.batches + memory.data)
+    ))?;
     let model = tokenizer.model();
     let parameters: usize = model.parameters().values().map(|var| var.elem_count()).sum();
     output::line(format!(

@@ -2,18 +2,20 @@
 
 use std::path::{Path, PathBuf};
 
+use candle_core::Tensor;
 use serde_json::Value;
-use vq_train::{EpochRecord, Event, Observer, RunFolder, Usage, read_metrics};
+use vq_train::{EpochRecord, Event, Observer, RunFolder, Samples, Usage, read_metrics};
 use vq_viz::{Panel, Series, image_grid, save_codebook_usage, save_curves, save_png};
 
 use crate::error::{Error, Result};
 
 /// Images in a row of a grid.
-pub(crate) const GRID_COLUMNS: usize = 8;
+const GRID_COLUMNS: usize = 8;
 /// White pixels around each.
-pub(crate) const GRID_PADDING: u32 = 2;
+const GRID_PADDING: u32 = 2;
 
-/// After every evaluation `epoch_N_orig.png` and `epoch_N_recon.png`; when the run ends, `curves.svg`
+/// After every evaluation `epoch_N_orig.png` and `epoch_N_recon.png` (with several levels of codes also
+/// `epoch_N_recon_level0.png`, … from each alone, 0 = bottom); when the run ends, `curves.svg`
 /// and `codebook.svg` (further levels: `codebook.1.svg`, …).
 pub(crate) struct Pictures {
     folder: PathBuf,
@@ -33,13 +35,7 @@ impl Pictures {
                 let Some(evaluation) = epoch.evaluation else { return Ok(()) };
                 self.usage.clone_from(&evaluation.usage);
                 let Some(samples) = &evaluation.samples else { return Ok(()) };
-                let images = [("orig", &samples.originals), ("recon", &samples.reconstructions)];
-                for (name, images) in images {
-                    let grid = image_grid(images, GRID_COLUMNS, GRID_PADDING)?;
-                    let file = format!("epoch_{}_{name}.png", epoch.record.epoch);
-                    save_png(&grid, &self.folder.join(file))?;
-                }
-                Ok(())
+                save_samples(&self.folder, &format!("epoch_{}", epoch.record.epoch), samples)
             }
             Event::RunFinished(ended) | Event::RunInterrupted(ended) => {
                 self.usage()?;
@@ -100,6 +96,18 @@ impl Pictures {
         save_curves(&self.folder.join("curves.svg"), "Training", &panels)?;
         Ok(())
     }
+}
+
+/// `NAME_orig.png`, `NAME_recon.png` and, where there are several levels, `NAME_recon_level0.png`, ….
+pub(crate) fn save_samples(folder: &Path, name: &str, samples: &Samples) -> Result<()> {
+    let save = |images: &Tensor, what: &str| -> Result<()> {
+        let grid = image_grid(images, GRID_COLUMNS, GRID_PADDING)?;
+        Ok(save_png(&grid, &folder.join(format!("{name}_{what}.png")))?)
+    };
+    save(&samples.originals, "orig")?;
+    save(&samples.reconstructions, "recon")?;
+    let mut levels = samples.levels.iter().enumerate();
+    levels.try_for_each(|(level, images)| save(images, &format!("recon_level{level}")))
 }
 
 /// `PATH.svg`, or `PATH-0.svg`, `PATH-1.svg`, … of each of several codebooks.

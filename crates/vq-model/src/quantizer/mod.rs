@@ -118,6 +118,9 @@ pub struct TrainingStep {
     pub seed: u64,
     /// The step.
     pub step: u64,
+    /// Which image of the step's batch the first one given is: 0, unless the batch is run through the
+    /// model in parts. Each image's random choices are those that it has in the whole batch.
+    pub first_image: usize,
 }
 
 /// The quantizer that `config` describes, with fresh parameters; `name` goes before their names.

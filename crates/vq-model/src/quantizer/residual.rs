@@ -114,7 +114,8 @@ impl Quantizer for ResidualQuantizer {
             let (is_cut, stages) = (stream.unit() < share, 1 + stream.below(count));
             if is_cut { stages } else { count }
         };
-        let active: Vec<usize> = (0..z_e.dim(0)?).map(|_| draw()).collect();
+        let images = step.first_image + z_e.dim(0)?;
+        let active: Vec<usize> = (0..images).map(|_| draw()).skip(step.first_image).collect();
         self.run(z_e, Some(&active))
     }
 

@@ -1,6 +1,8 @@
 //! Tests of whole runs, with a tiny model on a few images.
 
 #[cfg(test)]
+mod accumulate;
+#[cfg(test)]
 mod evaluate;
 #[cfg(test)]
 mod recipe;

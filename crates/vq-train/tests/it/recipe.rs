@@ -167,6 +167,8 @@ fn values_out_of_range_are_named_by_key() {
     for (assignment, key) in [
         ("train.epochs=0", "train.epochs"),
         ("train.batch_size=0", "train.batch_size"),
+        ("train.accumulate=0", "train.accumulate"),
+        ("train.accumulate=129", "train.accumulate"),
         ("train.lr=0", "train.lr"),
         ("train.lr=nan", "train.lr"),
         ("train.min_lr=1", "train.min_lr"),
