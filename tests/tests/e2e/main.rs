@@ -12,6 +12,8 @@ mod killed;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
+mod prior;
+#[cfg(test)]
 mod support;
 #[cfg(test)]
 mod train;

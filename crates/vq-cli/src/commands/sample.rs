@@ -281,7 +281,59 @@ impl Keep {
 
 #[cfg(test)]
 mod tests {
+    use clap::Parser;
+    use vq_prior::Config;
+
     use super::*;
+    use crate::cli::{Cli, Command};
+
+    fn args(more: &[&str]) -> SampleArgs {
+        let args = ["vq", "sample"].iter().chain(more);
+        match Cli::try_parse_from(args).unwrap().command {
+            Command::Sample(args) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn prior(class_count: usize) -> Prior {
+        let mut config =
+            Config { grid: [4, 2], codebook_sizes: vec![50], class_count, ..Config::default() };
+        if class_count > 0 {
+            config.class_names = (0..class_count).map(|class| format!("class {class}")).collect();
+        }
+        Prior::new(&config, 0, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn what_is_given_is_kept_in_every_image() {
+        let codes = Tensor::arange(0u32, 8, &Device::Cpu).unwrap().reshape((1, 4, 2)).unwrap();
+        let given = (Codes { levels: vec![codes] }, Keep::TopHalf);
+        let drawn = args(&[]).draw(&[prior(0)], 0, 3, None, Some(&given)).unwrap();
+        let images = drawn.levels[0].flatten_from(1).unwrap().to_vec2::<u32>().unwrap();
+        for image in &images {
+            assert_eq!(image[..4], [0, 1, 2, 3]);
+        }
+        assert!(images[0] != images[1] && images[1] != images[2], "{images:?}");
+    }
+
+    #[test]
+    fn classes_go_by_name_by_number_and_in_turn() {
+        let labels = |prior: &Prior, more: &[&str]| {
+            let mut all = vec!["--count=5"];
+            all.extend(more);
+            args(&all).labels(std::slice::from_ref(prior))
+        };
+        let three = prior(3);
+        assert_eq!(labels(&three, &[]).unwrap().unwrap(), [0, 1, 2, 0, 1]);
+        assert_eq!(labels(&three, &["--class=class 2"]).unwrap().unwrap(), [2; 5]);
+        assert_eq!(labels(&three, &["--class=1"]).unwrap().unwrap(), [1; 5]);
+        assert_eq!(labels(&three, &["--class=none"]).unwrap().unwrap(), [3; 5]);
+        assert!(labels(&three, &["--class=3"]).unwrap_err().to_string().contains("class 0"));
+        assert_eq!(labels(&prior(0), &[]).unwrap(), None);
+        assert!(
+            labels(&prior(0), &["--class=1"]).unwrap_err().to_string().contains("without classes")
+        );
+    }
 
     #[test]
     fn what_is_kept_is_where_its_name_says() {

@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod evaluate;
 #[cfg(test)]
+mod prior;
+#[cfg(test)]
 mod recipe;
 #[cfg(test)]
 mod refusals;
