@@ -2,7 +2,9 @@
 
 use clap::{Parser, Subcommand, ValueEnum};
 
-use crate::commands::{configs, data, decode, encode, eval, inspect, reconstruct, train};
+use crate::commands::{
+    configs, data, decode, encode, eval, inspect, reconstruct, sample, train, train_prior,
+};
 
 /// Trains, judges and uses VQ-VAE image tokenizers.
 #[derive(Debug, Parser)]
@@ -31,6 +33,8 @@ pub(crate) enum Command {
     Reconstruct(reconstruct::ReconstructArgs),
     Encode(encode::EncodeArgs),
     Decode(decode::DecodeArgs),
+    TrainPrior(train_prior::TrainPriorArgs),
+    Sample(sample::SampleArgs),
     Inspect(inspect::InspectArgs),
     Configs(configs::ConfigsArgs),
     Data(data::DataCommands),

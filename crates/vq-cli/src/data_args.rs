@@ -1,10 +1,14 @@
 //! Where the images come from.
 
-use std::path::PathBuf;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use vq_data::{OnBroken, Source};
-use vq_train::DataConfig;
+use vq_data::{Dataset, OnBroken, Source, Splits};
+use vq_train::{DataConfig, RECIPE_FILE, Recipe};
+
+use crate::error::{Error, Result};
 
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Data")]
@@ -21,6 +25,13 @@ pub(crate) struct DataArgs {
     /// What to do about broken files in a folder of images [default: skip, and name them].
     #[arg(long, value_enum, value_name = "WHAT")]
     on_broken: Option<OnBrokenArg>,
+}
+
+/// A part of a data set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Split {
+    Train,
+    Test,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -44,5 +55,31 @@ impl DataArgs {
                 OnBrokenArg::Refuse => OnBroken::Refuse,
             };
         }
+    }
+}
+
+impl Split {
+    pub(crate) fn of(self, splits: &Splits) -> &Arc<dyn Dataset> {
+        match self {
+            Self::Train => &splits.train,
+            Self::Test => &splits.test,
+        }
+    }
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Train => "train",
+            Self::Test => "test",
+        }
+    }
+}
+
+/// The data that the run which a checkpoint belongs to was started with.
+pub(crate) fn trained_on(folder: &Path) -> Result<Option<DataConfig>> {
+    let folder = fs::canonicalize(folder).map_err(Error::read(folder))?;
+    let recipe = folder.ancestors().take(3).map(|folder| folder.join(RECIPE_FILE));
+    match recipe.into_iter().find(|path| path.is_file()) {
+        Some(path) => Ok(Some(Recipe::from_file(&path)?.data)),
+        None => Ok(None),
     }
 }

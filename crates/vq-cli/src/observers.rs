@@ -2,7 +2,9 @@
 
 mod pace;
 mod pictures;
+mod prior_pictures;
 mod report;
 
-pub(crate) use pictures::{Pictures, save_samples, save_usage};
-pub(crate) use report::Reporter;
+pub(crate) use pictures::{GRID_COLUMNS, GRID_PADDING, Pictures, save_samples, save_usage};
+pub(crate) use prior_pictures::PriorPictures;
+pub(crate) use report::{Reporter, Subject};

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use vq_train::Recipe;
+use vq_train::{PriorRecipe, Recipe};
 
 use crate::error::{Error, Result};
 
@@ -29,6 +29,15 @@ pub(crate) const EMBEDDED: [Embedded; 6] = [
     Embedded { name: SHAPES, text: include_str!("../configs/shapes.toml") },
 ];
 
+/// What `train-prior` does without `--config`, by the kind of the network.
+pub(crate) const PIXELCNN: &str = "prior-pixelcnn";
+pub(crate) const TRANSFORMER: &str = "prior-transformer";
+
+pub(crate) const EMBEDDED_PRIORS: [Embedded; 2] = [
+    Embedded { name: PIXELCNN, text: include_str!("../configs/prior-pixelcnn.toml") },
+    Embedded { name: TRANSFORMER, text: include_str!("../configs/prior-transformer.toml") },
+];
+
 impl Embedded {
     /// The comment that the file begins with, up to its first empty line, without the `#`.
     pub(crate) fn summary(&self) -> String {
@@ -40,8 +49,8 @@ impl Embedded {
 
 /// An embedded recipe.
 pub(crate) fn embedded(name: &str) -> Result<&'static Embedded> {
-    EMBEDDED.iter().find(|recipe| recipe.name == name).ok_or_else(|| {
-        let known = EMBEDDED.map(|recipe| recipe.name).join(", ");
+    all().find(|recipe| recipe.name == name).ok_or_else(|| {
+        let known = all().map(|recipe| recipe.name).collect::<Vec<_>>().join(", ");
         Error::other(format!(
             "there is no file and no embedded recipe `{name}`; the embedded ones are {known}"
         ))
@@ -53,12 +62,37 @@ pub(crate) fn load(name: &str) -> Result<Recipe> {
     if let Some(known) = EMBEDDED.iter().find(|recipe| recipe.name == name) {
         return Ok(Recipe::from_toml(known.text, &format!("the embedded recipe {name}"))?);
     }
-    let path = Path::new(name);
-    let is_path = path.components().count() > 1 || path.extension().is_some() || path.exists();
-    if is_path {
+    if let Some(path) = path(name) {
         return Ok(Recipe::from_file(path)?);
     }
-    Err(embedded(name).err().unwrap_or_else(|| Error::other("the recipe is embedded")))
+    Err(embedded(name).err().unwrap_or_else(|| {
+        Error::other(format!("`{name}` is a recipe for priors: vq train-prior --config {name}"))
+    }))
+}
+
+/// The same for a prior's.
+pub(crate) fn load_prior(name: &str) -> Result<PriorRecipe> {
+    if let Some(known) = EMBEDDED_PRIORS.iter().find(|recipe| recipe.name == name) {
+        return Ok(PriorRecipe::from_toml(known.text, &format!("the embedded recipe {name}"))?);
+    }
+    if let Some(path) = path(name) {
+        return Ok(PriorRecipe::from_file(path)?);
+    }
+    Err(embedded(name).err().unwrap_or_else(|| {
+        Error::other(format!("`{name}` is a recipe for models: vq train --config {name}"))
+    }))
+}
+
+/// All of them.
+pub(crate) fn all() -> impl Iterator<Item = &'static Embedded> {
+    EMBEDDED.iter().chain(&EMBEDDED_PRIORS)
+}
+
+/// The file that is meant, if one is.
+fn path(name: &str) -> Option<&Path> {
+    let path = Path::new(name);
+    let is_path = path.components().count() > 1 || path.extension().is_some() || path.exists();
+    is_path.then_some(path)
 }
 
 #[cfg(test)]
@@ -86,6 +120,12 @@ mod tests {
             assert_eq!(model.grids(height, width).unwrap(), expected, "{name}");
             assert!((model.bits_per_image() - bits).abs() < 1e-6, "{name}");
         }
+        for recipe in &EMBEDDED_PRIORS {
+            load_prior(recipe.name).unwrap().validate().unwrap();
+            assert!(recipe.summary().len() > 20, "{}", recipe.name);
+            assert!(load(recipe.name).unwrap_err().to_string().contains("vq train-prior"));
+        }
+        assert!(load_prior(SHAPES).unwrap_err().to_string().contains("vq train --config"));
         let error = load("cifar100").unwrap_err().to_string();
         assert!(error.contains("cifar10-paper"), "{error}");
     }

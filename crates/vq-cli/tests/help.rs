@@ -11,9 +11,18 @@ fn help_names_every_command_and_flag() {
         String::from_utf8(output.stdout).unwrap()
     };
     let all = help(&["--help"]);
-    for command in
-        ["train", "eval", "reconstruct", "encode", "decode", "inspect", "configs", "data"]
-    {
+    for command in [
+        "train",
+        "eval",
+        "reconstruct",
+        "encode",
+        "decode",
+        "train-prior",
+        "sample",
+        "inspect",
+        "configs",
+        "data",
+    ] {
         assert!(all.contains(command), "{all}");
         assert!(help(&[command, "--help"]).contains("Usage"), "{command}");
     }

@@ -16,6 +16,10 @@ use crate::{Error, Result};
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
+    /// A hash of the tokenizer whose codes these are, so that they are not decoded by another; empty where it
+    /// is not known.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    pub tokenizer: String,
     /// Height and width of the grid of codes, in positions.
     pub grid: [usize; 2],
     /// K of every code of a position, in the order in which they are predicted. One entry is the usual
@@ -195,6 +199,7 @@ impl TransformerConfig {
 impl Default for Config {
     fn default() -> Self {
         Self {
+            tokenizer: String::new(),
             grid: [8, 8],
             codebook_sizes: vec![512],
             class_count: 0,

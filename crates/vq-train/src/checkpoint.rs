@@ -212,6 +212,19 @@ pub fn load_model(path: impl AsRef<Path>, device: &Device) -> Result<VqVae> {
     Ok(VqVae::from_pretrained(resolve_model(path)?, device)?)
 }
 
+/// The prior in a run's, a checkpoint's or a model's folder, for the model whose
+/// [`model_hash`](crate::model_hash) is `hash`; a prior over another's codes is refused.
+pub fn load_prior(path: impl AsRef<Path>, hash: &str, device: &Device) -> Result<vq_prior::Prior> {
+    let path = path.as_ref();
+    let prior = vq_prior::Prior::from_pretrained(resolve_model(path)?, device)?;
+    let made_by = &prior.config().tokenizer;
+    if made_by != hash {
+        let (what, made_by) = (path.to_path_buf(), made_by.clone());
+        return Err(Error::OtherModel { what, made_by, hash: hash.to_owned() });
+    }
+    Ok(prior)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -81,6 +81,20 @@ pub enum Error {
         problem: String,
     },
 
+    /// Codes, or a prior over codes, that another model made.
+    #[error(
+        "{} belongs to another model ({}) than this one ({}): give the model that it was made with (--model), or \
+         make it anew with this one", what.display(), short(made_by), short(hash)
+    )]
+    OtherModel {
+        /// The codes or the prior.
+        what: PathBuf,
+        /// The hash of the model that made it.
+        made_by: String,
+        /// The hash of the model at hand.
+        hash: String,
+    },
+
     /// A checkpoint cannot be read: it was cut short or altered.
     #[error("{} is damaged: {cause}; {advice}", path.display())]
     DamagedCheckpoint {
@@ -164,6 +178,11 @@ impl Error {
                 .into(),
         }
     }
+}
+
+/// Enough of a hash to tell models apart.
+fn short(hash: &str) -> &str {
+    hash.get(..12).unwrap_or(if hash.is_empty() { "unknown" } else { hash })
 }
 
 fn checkpoint_text(checkpoint: Option<&Path>) -> String {

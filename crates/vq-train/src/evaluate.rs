@@ -251,6 +251,7 @@ impl Tally {
             score: mean(self.psnr),
             usage: self.usage,
             samples,
+            drawn: None,
         })
     }
 }

@@ -1,6 +1,8 @@
-//! Training VQ-VAEs: recipe, loop, loss, optimizer, schedules, checkpoints, metrics.
+//! Training VQ-VAEs, and priors over their codes: recipe, loop, loss, optimizer, schedules, checkpoints,
+//! metrics.
 //!
-//! A [`Recipe`] (TOML) decides everything. A [`Trainer`] trains a [`Trainable`], here a [`Tokenizer`],
+//! A [`Recipe`] (TOML) decides everything. A [`Trainer`] trains a [`Trainable`], here a [`Tokenizer`]
+//! or (from a [`PriorRecipe`]) a [`PriorTask`],
 //! and tells its [`Observer`]s what happens as [`Event`]s; progress bars, logs and pictures are
 //! observers, and so is the [`MetricsFile`]. A run resumes from its [`Checkpoints`] to the bit, also in
 //! the middle of an epoch. This crate prints nothing.
@@ -27,11 +29,15 @@ mod error;
 mod evaluate;
 mod event;
 mod file;
+mod hash;
 mod jsonl;
 mod loss;
 mod memory;
 mod metrics;
 mod optimizer;
+mod prior_codes;
+mod prior_recipe;
+mod prior_task;
 mod recipe;
 mod recipe_toml;
 mod run_folder;
@@ -42,16 +48,20 @@ mod tokenizer;
 mod trainable;
 mod trainer;
 
-pub use checkpoint::{BEST, CHECKPOINTS, Checkpoints, LAST, load_model, resolve_model};
+pub use checkpoint::{BEST, CHECKPOINTS, Checkpoints, LAST, load_model, load_prior, resolve_model};
 pub use error::{Error, Result};
 pub use evaluate::{EvaluateOptions, evaluate};
 pub use event::{
     Best, CheckpointSaved, EpochFinished, EpochRecord, Event, Observer, RunEnded, RunStarted,
     StepFinished, Warning, WarningKind,
 };
+pub use hash::model_hash;
 pub use jsonl::{MetricsFile, read_metrics, record};
 pub use memory::{MemoryEstimate, available_memory};
 pub use metrics::{Metrics, Usage};
+pub use prior_codes::CodesBatch;
+pub use prior_recipe::{PriorDataConfig, PriorLevel, PriorRecipe, PriorTrainConfig};
+pub use prior_task::{PriorTask, decode};
 pub use recipe::{DataConfig, KMeansConfig, Recipe, RevivalConfig, TrainConfig};
 pub use run_folder::{METRICS_FILE, RECIPE_FILE, RunFolder};
 pub use schedule::{Schedule, learning_rate};

@@ -232,7 +232,7 @@ impl DataConfig {
 }
 
 impl TrainConfig {
-    fn validate(&self) -> Result<()> {
+    pub(crate) fn validate(&self) -> Result<()> {
         at_least("train.epochs", self.epochs, 1)?;
         at_least("train.batch_size", self.batch_size, 1)?;
         at_least("train.accumulate", self.accumulate, 1)?;

@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use serde::Deserialize;
+use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize};
 use toml::{Table, Value};
 use vq_model::QuantizerKind;
 
@@ -28,7 +29,7 @@ impl Recipe {
         // Once as it stands, for errors that know their line, and once on top of the defaults.
         toml::from_str::<Self>(text).map_err(|error| refuse(&error))?;
         let document: Table = toml::from_str(text).map_err(|error| refuse(&error))?;
-        let mut merged = Self::default().to_table()?;
+        let mut merged = table(&Self::default())?;
         merge(&mut merged, document);
         Self::deserialize(merged).map_err(|error| refuse(&error))
     }
@@ -42,30 +43,12 @@ impl Recipe {
     /// With one key set as by `--set key=value`: a dotted path, with numbers for levels
     /// (`model.levels.0.quantizer.dim=8`), and a TOML value, whose quotes may be left out.
     pub fn with_override(&self, assignment: &str) -> Result<Self> {
-        let (key, text) = assignment.split_once('=').ok_or_else(|| Error::Override {
-            key: assignment.to_owned(),
-            problem: "write it as key=value, e.g. train.lr=3e-4".to_owned(),
-        })?;
-        let (key, text) = (key.trim(), text.trim());
-        let refuse = |problem: String| Error::Override { key: key.to_owned(), problem };
-        let table = self.to_table()?;
-        let attempt = |value: Value| {
-            let mut table = Value::Table(table.clone());
-            set(&mut table, key, value)?;
-            Self::deserialize(table).map_err(|error| error.message().to_owned())
-        };
-        let string = Value::String(text.to_owned());
-        match parse_value(text) {
-            // `data.source=12` may well mean the text.
-            Some(value) => attempt(value).or_else(|problem| attempt(string).map_err(|_| problem)),
-            None => attempt(string),
-        }
-        .map_err(refuse)
+        with_override(self, assignment)
     }
 
     /// The whole recipe; [`Recipe::from_toml`] gives the same one back.
     pub fn to_toml(&self) -> Result<String> {
-        toml::to_string_pretty(self).map_err(|error| unwritable(&error))
+        to_toml(self)
     }
 
     /// Writes the whole recipe to a file, atomically.
@@ -77,26 +60,75 @@ impl Recipe {
     /// key, what the weights or the data position depend on; returns the other keys that differ,
     /// as `key: was → now`.
     pub fn check_resume(&self, was: &Self) -> Result<Vec<String>> {
-        let mut changed = Vec::new();
-        for (key, was, now) in differences(&was.flat()?, &self.flat()?) {
-            if key.starts_with("model.") || FIXED.contains(&key.as_str()) {
-                return Err(Error::ResumeMismatch { key, was, now });
-            }
-            changed.push(format!("{key}: {was} → {now}"));
+        check_resume(was, self, |key| key.starts_with("model.") || FIXED.contains(&key))
+    }
+}
+
+/// A recipe with one key set; see [`Recipe::with_override`].
+pub(crate) fn with_override<T: Serialize + DeserializeOwned>(
+    recipe: &T,
+    assignment: &str,
+) -> Result<T> {
+    let (key, text) = assignment.split_once('=').ok_or_else(|| Error::Override {
+        key: assignment.to_owned(),
+        problem: "write it as key=value, e.g. train.lr=3e-4".to_owned(),
+    })?;
+    let (key, text) = (key.trim(), text.trim());
+    let refuse = |problem: String| Error::Override { key: key.to_owned(), problem };
+    let table = table(recipe)?;
+    let attempt = |value: Value| {
+        let mut table = Value::Table(table.clone());
+        set(&mut table, key, value)?;
+        T::deserialize(table).map_err(|error| error.message().to_owned())
+    };
+    let string = Value::String(text.to_owned());
+    match parse_value(text) {
+        // `data.source=12` may well mean the text.
+        Some(value) => attempt(value).or_else(|problem| attempt(string).map_err(|_| problem)),
+        None => attempt(string),
+    }
+    .map_err(refuse)
+}
+
+/// A recipe that is its own default where keys are left out; `origin` is what an error calls it.
+pub(crate) fn from_toml<T: DeserializeOwned>(text: &str, origin: &str) -> Result<T> {
+    toml::from_str(text).map_err(|error| Error::Recipe {
+        origin: origin.to_owned(),
+        problem: place_and_problem(text, &error),
+    })
+}
+
+/// The whole recipe.
+pub(crate) fn to_toml<T: Serialize>(recipe: &T) -> Result<String> {
+    toml::to_string_pretty(recipe).map_err(|error| unwritable(&error))
+}
+
+/// The keys that differ between the recipe `was` of a run and that which it is to go on with, as
+/// `key: was → now`. Refuses those that are `fixed`.
+pub(crate) fn check_resume<T: Serialize>(
+    was: &T,
+    now: &T,
+    fixed: impl Fn(&str) -> bool,
+) -> Result<Vec<String>> {
+    let mut changed = Vec::new();
+    for (key, was, now) in differences(&flat(was)?, &flat(now)?) {
+        if fixed(&key) {
+            return Err(Error::ResumeMismatch { key, was, now });
         }
-        Ok(changed)
+        changed.push(format!("{key}: {was} → {now}"));
     }
+    Ok(changed)
+}
 
-    fn to_table(&self) -> Result<Table> {
-        Table::try_from(self).map_err(|error| unwritable(&error))
-    }
+fn table<T: Serialize>(recipe: &T) -> Result<Table> {
+    Table::try_from(recipe).map_err(|error| unwritable(&error))
+}
 
-    /// Every leaf by its dotted key.
-    fn flat(&self) -> Result<BTreeMap<String, String>> {
-        let mut leaves = BTreeMap::new();
-        flatten("", &Value::Table(self.to_table()?), &mut leaves);
-        Ok(leaves)
-    }
+/// Every leaf by its dotted key.
+fn flat<T: Serialize>(recipe: &T) -> Result<BTreeMap<String, String>> {
+    let mut leaves = BTreeMap::new();
+    flatten("", &Value::Table(table(recipe)?), &mut leaves);
+    Ok(leaves)
 }
 
 /// Lays `over` on top of `base`: tables key by key, levels one by one (further ones on a copy of the
@@ -225,16 +257,10 @@ fn unwritable(error: &toml::ser::Error) -> Error {
 }
 
 /// The first leaf that differs: its dotted key, its value in `was` and in `now`.
-pub(crate) fn first_difference<T: serde::Serialize>(
+pub(crate) fn first_difference<T: Serialize>(
     was: &T,
     now: &T,
 ) -> Result<Option<(String, String, String)>> {
-    let flat = |value: &T| -> Result<BTreeMap<String, String>> {
-        let table = Table::try_from(value).map_err(|error| unwritable(&error))?;
-        let mut leaves = BTreeMap::new();
-        flatten("", &Value::Table(table), &mut leaves);
-        Ok(leaves)
-    };
     Ok(differences(&flat(was)?, &flat(now)?).into_iter().next())
 }
 

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::checkpoint::{BEST, CHECKPOINTS, LAST};
-use crate::{Checkpoints, Error, Recipe, Result};
+use crate::{Checkpoints, Error, PriorRecipe, Recipe, Result};
 
 /// The resolved recipe of a run.
 pub const RECIPE_FILE: &str = "config.toml";
@@ -21,14 +21,30 @@ impl RunFolder {
     /// For a new run: makes the folder and writes the recipe into it. A folder that holds a run is
     /// refused, or, to `overwrite`, cleared of what runs write (and of nothing else).
     pub fn create(path: impl Into<PathBuf>, recipe: &Recipe, overwrite: bool) -> Result<Self> {
-        let path = path.into();
+        Self::create_with(path.into(), overwrite, |file| recipe.save(file))
+    }
+
+    /// The same for the run of a prior.
+    pub fn create_prior(
+        path: impl Into<PathBuf>,
+        recipe: &PriorRecipe,
+        overwrite: bool,
+    ) -> Result<Self> {
+        Self::create_with(path.into(), overwrite, |file| recipe.save(file))
+    }
+
+    fn create_with(
+        path: PathBuf,
+        overwrite: bool,
+        save: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<Self> {
         if !overwrite {
             Self::require_free(&path)?;
         }
         let run = Self { path };
         run.clear()?;
         fs::create_dir_all(&run.path).map_err(Error::write(&run.path))?;
-        recipe.save(&run.recipe_file())?;
+        save(&run.recipe_file())?;
         Ok(run)
     }
 
@@ -80,6 +96,11 @@ impl RunFolder {
         Recipe::from_file(&self.recipe_file())
     }
 
+    /// The recipe that the run of a prior was started with.
+    pub fn prior_recipe(&self) -> Result<PriorRecipe> {
+        PriorRecipe::from_file(&self.recipe_file())
+    }
+
     fn clear(&self) -> Result<()> {
         if Self::require_free(&self.path).is_ok() {
             return Ok(());
@@ -101,7 +122,7 @@ impl RunFolder {
     }
 }
 
-/// `epoch_N_orig.png`, `epoch_N_recon.png`, `epoch_N_recon_levelL.png`, and `codebook.N.svg` of the levels
+/// `epoch_N_orig.png`, `epoch_N_recon.png`, `epoch_N_recon_levelL.png`, `epoch_N_samples.png`, and `codebook.N.svg` of the levels
 /// above the bottom.
 fn is_picture(name: &str) -> bool {
     let is_number = |text: &str| text.parse::<u64>().is_ok();
@@ -109,7 +130,7 @@ fn is_picture(name: &str) -> bool {
     if let Some((epoch, what)) = grid.and_then(|rest| rest.split_once('_')) {
         let level = what.strip_prefix("recon_level");
         return is_number(epoch)
-            && (["orig", "recon"].contains(&what) || level.is_some_and(is_number));
+            && (["orig", "recon", "samples"].contains(&what) || level.is_some_and(is_number));
     }
     let usage = name.strip_prefix("codebook.").and_then(|rest| rest.strip_suffix(".svg"));
     usage.is_some_and(is_number)

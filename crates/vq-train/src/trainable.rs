@@ -8,8 +8,8 @@ use candle_core::{Tensor, Var};
 
 use crate::{Metrics, Result, Usage};
 
-/// A model with its data and its loss: a [`Tokenizer`](crate::Tokenizer) today, a prior over its
-/// codes later.
+/// A model with its data and its loss: a [`Tokenizer`](crate::Tokenizer), or a prior over its codes, a
+/// [`PriorTask`](crate::PriorTask).
 ///
 /// [`forward`](Self::forward) and [`evaluate`](Self::evaluate) take `&self` and must not change the
 /// model; [`update`](Self::update) is where anything but the optimizer does.
@@ -108,7 +108,8 @@ pub struct Update {
 /// How good a model is on the test split, from whole-set statistics.
 #[derive(Clone, Debug)]
 pub struct Evaluation {
-    /// For a tokenizer: see [`evaluate`](crate::evaluate()).
+    /// For a tokenizer: see [`evaluate`](crate::evaluate()); for a prior: see
+    /// [`PriorTask`](crate::PriorTask).
     pub metrics: Metrics,
     /// What `best` goes by: higher is better.
     pub score: f64,
@@ -116,6 +117,8 @@ pub struct Evaluation {
     pub usage: Vec<Usage>,
     /// The same few images every time.
     pub samples: Option<Samples>,
+    /// Images that were drawn from the model, `[N,C,H,W]` f32 in [0, 1] on the CPU: of a prior.
+    pub drawn: Option<Tensor>,
 }
 
 /// A few images and what became of them, all `[N,C,H,W]` f32 in [0, 1] on the CPU.

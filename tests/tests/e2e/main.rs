@@ -14,6 +14,8 @@ mod made;
 #[cfg(test)]
 mod model;
 #[cfg(test)]
+mod prior;
+#[cfg(test)]
 mod support;
 #[cfg(test)]
 mod train;

@@ -16,8 +16,7 @@ pub(crate) struct ConfigsArgs {
 pub(crate) fn run(args: &ConfigsArgs) -> Result<()> {
     match &args.name {
         Some(name) => output::line(recipes::embedded(name)?.text.trim_end()),
-        None => recipes::EMBEDDED
-            .iter()
+        None => recipes::all()
             .try_for_each(|recipe| output::line(format!("{:22}{}", recipe.name, recipe.summary()))),
     }
 }

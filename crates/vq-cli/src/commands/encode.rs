@@ -1,50 +1,86 @@
 //! `vq encode`
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use candle_core::Device;
 use clap::Args;
 use serde_json::json;
-use vq_data::{Loader, LoaderOptions, Normalization};
-use vq_model::Codes;
+use vq_data::{Dataset, Loader, LoaderOptions, Normalization};
+use vq_model::{Codes, VqVae};
 
 use crate::cli::LogFormat;
 use crate::codes_file::{CodesFile, Format};
 use crate::compute::ComputeArgs;
+use crate::data_args::{DataArgs, Split};
 use crate::error::Result;
 use crate::images::{self, ImageArgs};
 use crate::output;
 
-/// Turn images into codes.
+/// Turn images into codes: image files into one file, or (--dataset) a whole data set into a folder.
+///
+/// The folder is what `vq train-prior` learns from: shards of codes and labels, and a manifest. Encoding
+/// that was interrupted goes on after the last whole shard when it is started again.
 #[derive(Debug, Args)]
+#[command(mut_arg("files", |files| files.required(false).required_unless_present("dataset")))]
+#[command(after_help = "Examples:
+  vq encode a.png b.jpg --out codes.safetensors
+  vq encode --dataset train --out codes
+  vq encode --dataset test --out codes-test --data cifar10")]
 pub(crate) struct EncodeArgs {
     #[command(flatten)]
     images: ImageArgs,
 
+    /// Encode this split of a data set and not image files; without --data, of that which the model's run
+    /// was trained on.
+    #[arg(long, value_enum, value_name = "SPLIT", conflicts_with_all = ["files", "size"])]
+    dataset: Option<Split>,
+
+    /// Images in a shard of --dataset: so many at most are encoded again after an interruption.
+    #[arg(long, default_value_t = 8192, value_name = "N", requires = "dataset",
+        value_parser = parse_count)]
+    pub(super) shard_images: usize,
+
     /// The model: a run's folder (its best checkpoint), a checkpoint's or a model's.
     #[arg(long, default_value = "results", value_name = "FOLDER")]
-    model: PathBuf,
+    pub(super) model: PathBuf,
 
-    /// Where the codes go; `.safetensors` holds all levels and the images' names, `.npy` one level.
-    #[arg(long, default_value = "codes.safetensors", value_name = "FILE")]
-    out: PathBuf,
+    /// Where the codes go. Of image files into a file: `.safetensors` holds all levels and the images'
+    /// names, `.npy` one level [default: codes.safetensors]. Of --dataset into a folder [default: codes].
+    #[arg(long, value_name = "FILE|FOLDER")]
+    pub(super) out: Option<PathBuf>,
 
     #[command(flatten)]
-    compute: ComputeArgs,
+    pub(super) data: DataArgs,
+
+    #[command(flatten)]
+    pub(super) compute: ComputeArgs,
 }
 
 /// Images that are encoded at a time; memory, not the result, depends on it.
-const BATCH: usize = 64;
+pub(super) const BATCH: usize = 64;
 
 pub(crate) fn run(args: &EncodeArgs, format: LogFormat) -> Result<()> {
-    Format::of(&args.out)?;
+    if let Some(split) = args.dataset {
+        return super::encode_dataset::run(args, split, format);
+    }
+    let out = args.out.as_deref().unwrap_or(Path::new("codes.safetensors"));
+    Format::of(out)?;
     let device = args.compute.start()?;
     let model = args.compute.load(&args.model, &device)?;
     let pictures = args.images.load(model.config(), format)?;
-    let dataset = images::dataset(&pictures)?;
+    let codes = encode(&model, images::dataset(&pictures)?, &device)?;
+    let grids: Vec<&[usize]> = codes.levels.iter().map(candle_core::Tensor::dims).collect();
+    let text = format!("{}  codes {grids:?}", out.display());
+    let record =
+        json!({ "event": "encoded", "path": out, "images": pictures.len(), "codes": grids });
+    let images = pictures.iter().map(|picture| picture.path.clone()).collect();
+    CodesFile { codes: codes.clone(), images }.write(out)?;
+    output::result(format, text, &record)
+}
 
-    let normalization = &model.config().normalization;
-    let normalization =
-        Normalization { mean: normalization.mean.clone(), std: normalization.std.clone() };
+/// The codes of all images of a data set, which is held in memory.
+pub(super) fn encode(model: &VqVae, dataset: Arc<dyn Dataset>, device: &Device) -> Result<Codes> {
     let options = LoaderOptions {
         batch_size: BATCH,
         shuffle: false,
@@ -53,15 +89,18 @@ pub(crate) fn run(args: &EncodeArgs, format: LogFormat) -> Result<()> {
         ..LoaderOptions::default()
     };
     let mut batches = Vec::new();
-    for batch in Loader::new(dataset, normalization, options)?.epoch(0, 0) {
-        batches.push(model.encode(&batch?.images.to_device(&device)?)?);
+    for batch in Loader::new(dataset, normalization(model), options)?.epoch(0, 0) {
+        batches.push(model.encode(&batch?.images.to_device(device)?)?);
     }
-    let codes = Codes::concat(&batches)?;
-    let grids: Vec<&[usize]> = codes.levels.iter().map(candle_core::Tensor::dims).collect();
-    let text = format!("{}  codes {grids:?}", args.out.display());
-    let record =
-        json!({ "event": "encoded", "path": args.out, "images": pictures.len(), "codes": grids });
-    let images = pictures.iter().map(|picture| picture.path.clone()).collect();
-    CodesFile { codes: codes.clone(), images }.write(&args.out)?;
-    output::result(format, text, &record)
+    Ok(Codes::concat(&batches)?)
+}
+
+/// What the loader is to do to the pixels.
+pub(super) fn normalization(model: &VqVae) -> Normalization {
+    let normalization = &model.config().normalization;
+    Normalization { mean: normalization.mean.clone(), std: normalization.std.clone() }
+}
+
+fn parse_count(text: &str) -> std::result::Result<usize, String> {
+    text.parse().ok().filter(|&count| count > 0).ok_or_else(|| "at least 1".to_owned())
 }

@@ -1,19 +1,16 @@
 //! `vq eval`
 
 use std::fmt::Write as _;
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::{Map, Value, json};
 use vq_data::pixel_variance;
-use vq_train::{
-    DataConfig, EvaluateOptions, Evaluation, RECIPE_FILE, Recipe, evaluate, resolve_model,
-};
+use vq_train::{EvaluateOptions, Evaluation, evaluate, resolve_model};
 
 use crate::cli::LogFormat;
 use crate::compute::ComputeArgs;
-use crate::data_args::DataArgs;
+use crate::data_args::{DataArgs, Split, trained_on};
 use crate::error::{Error, Result};
 use crate::observers::{save_samples, save_usage};
 use crate::{file, output};
@@ -47,12 +44,6 @@ pub(crate) struct EvalArgs {
     compute: ComputeArgs,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Split {
-    Train,
-    Test,
-}
-
 /// Images in the pictures.
 const SAMPLES: usize = 64;
 
@@ -66,10 +57,7 @@ pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
     for note in &splits.notes {
         output::note(format, note)?;
     }
-    let dataset = match args.split {
-        Split::Train => &splits.train,
-        Split::Test => &splits.test,
-    };
+    let dataset = args.split.of(&splits);
     let options = EvaluateOptions {
         batch_size: args.batch_size,
         variance: pixel_variance(splits.train.as_ref())?,
@@ -92,16 +80,6 @@ pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
         let _ = write!(text, "\n  {name:14} {value:.6}");
     }
     output::result(format, text, &Value::Object(record))
-}
-
-/// The data that the run which a checkpoint belongs to was started with.
-fn trained_on(folder: &Path) -> Result<Option<DataConfig>> {
-    let folder = fs::canonicalize(folder).map_err(Error::read(folder))?;
-    let recipe = folder.ancestors().take(3).map(|folder| folder.join(RECIPE_FILE));
-    match recipe.into_iter().find(|path| path.is_file()) {
-        Some(path) => Ok(Some(Recipe::from_file(&path)?.data)),
-        None => Ok(None),
-    }
 }
 
 fn pictures(out: &Path, evaluation: &Evaluation) -> Result<()> {

@@ -12,7 +12,7 @@ use crate::cli::LogFormat;
 use crate::compute::{self, ComputeArgs};
 use crate::data_args::DataArgs;
 use crate::error::Result;
-use crate::observers::{Pictures, Reporter};
+use crate::observers::{Pictures, Reporter, Subject};
 use crate::stop::Stop;
 use crate::{output, recipes};
 
@@ -104,7 +104,7 @@ pub(crate) fn run(args: &TrainArgs, format: LogFormat) -> Result<ExitCode> {
     let mut trainer = Trainer::new(tokenizer, &recipe.train, run.path())?
         .with_observer(MetricsFile::new(run.metrics_file(), recipe.train.log_every))
         .with_observer(Pictures::new(&run))
-        .with_observer(Reporter::new(format, recipe.train.log_every))
+        .with_observer(Reporter::new(format, recipe.train.log_every, Subject::Tokenizer))
         .with_stop_flag(stop.flag.clone());
     if args.resume {
         trainer.resume()?;

@@ -10,9 +10,9 @@ use vq_viz::{Panel, Series, image_grid, save_codebook_usage, save_curves, save_p
 use crate::error::{Error, Result};
 
 /// Images in a row of a grid.
-const GRID_COLUMNS: usize = 8;
+pub(crate) const GRID_COLUMNS: usize = 8;
 /// White pixels around each.
-const GRID_PADDING: u32 = 2;
+pub(crate) const GRID_PADDING: u32 = 2;
 
 /// After every evaluation `epoch_N_orig.png` and `epoch_N_recon.png` (with several levels of codes also
 /// `epoch_N_recon_level0.png`, … from each alone, 0 = bottom); when the run ends, `curves.svg`

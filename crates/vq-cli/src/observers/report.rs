@@ -20,6 +20,14 @@ pub(crate) struct Reporter {
     log_every: u64,
     pace: Pace,
     run: String,
+    subject: Subject,
+}
+
+/// What is trained.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Subject {
+    Tokenizer,
+    Prior,
 }
 
 enum Style {
@@ -30,7 +38,7 @@ enum Style {
 
 impl Reporter {
     /// Lines come every `log_every` steps.
-    pub(crate) fn new(format: LogFormat, log_every: u64) -> Self {
+    pub(crate) fn new(format: LogFormat, log_every: u64, subject: Subject) -> Self {
         let style = match format {
             LogFormat::Json => Style::Json,
             LogFormat::Text if io::stdout().is_terminal() && io::stderr().is_terminal() => {
@@ -38,7 +46,8 @@ impl Reporter {
             }
             LogFormat::Text => Style::Lines,
         };
-        Self { style, log_every: log_every.max(1), pace: Pace::new(0), run: String::new() }
+        let (log_every, run) = (log_every.max(1), String::new());
+        Self { style, log_every, pace: Pace::new(0), run, subject }
     }
 
     fn report(&mut self, event: &Event<'_>) -> Result<()> {
@@ -62,13 +71,15 @@ impl Reporter {
             }
             Event::RunFinished(ended) => {
                 self.clear();
-                self.line(&finished(ended, &self.run))
+                self.line(&finished(ended, &self.run, self.subject))
             }
             Event::RunInterrupted(ended) => {
                 self.clear();
                 self.line(&format!(
-                    "stopped and saved at step {}; go on with: vq train --resume --out {}",
-                    ended.step, self.run
+                    "stopped and saved at step {}; go on with: vq {} --resume --out {}",
+                    ended.step,
+                    self.subject.command(),
+                    self.run
                 ))
             }
             _ => Ok(()),
@@ -98,20 +109,24 @@ impl Reporter {
         let left = output::duration(self.pace.seconds_left(step));
         let loss = step.losses.get("loss").unwrap_or(f64::NAN);
         let perplexity = joined(step.perplexity.iter().map(|value| format!("{value:.0}")));
+        // A prior has no codebook of its own.
+        let perplexity = match perplexity.as_str() {
+            "" => String::new(),
+            figures => format!("  perplexity {figures}"),
+        };
         let speed = step.images_per_second;
         match &self.style {
             Style::Bar(bar) => {
                 bar.set_position(step.step);
                 bar.set_prefix(format!("epoch {}/{}", step.epoch, step.epochs));
                 bar.set_message(format!(
-                    "loss {loss:.4}  perplexity {perplexity}  {speed:.0} images/s  {left} left"
+                    "loss {loss:.4}{perplexity}  {speed:.0} images/s  {left} left"
                 ));
                 Ok(())
             }
             _ if !self.is_due(step) => Ok(()),
             _ => output::line(format!(
-                "step {}/{}  epoch {}/{}  loss {loss:.4}  perplexity {perplexity}  {speed:.0} images/s  \
-                 {left} left",
+                "step {}/{}  epoch {}/{}  loss {loss:.4}{perplexity}  {speed:.0} images/s  {left} left",
                 step.step, step.total_steps, step.epoch, step.epochs
             )),
         }
@@ -143,6 +158,15 @@ impl Reporter {
     }
 }
 
+impl Subject {
+    fn command(self) -> &'static str {
+        match self {
+            Self::Tokenizer => "train",
+            Self::Prior => "train-prior",
+        }
+    }
+}
+
 impl Observer for Reporter {
     fn observe(
         &mut self,
@@ -166,6 +190,18 @@ fn epoch_line(epoch: &EpochFinished<'_>) -> String {
     let mut line = format!("epoch {}/{}  {}", record.epoch, epoch.epochs, terms(&record.train));
     if let Some(evaluation) = epoch.evaluation {
         let figure = |name| evaluation.metrics.get(name).unwrap_or(f64::NAN);
+        let best = if epoch.is_best { ", best so far" } else { "" };
+        if evaluation.metrics.get("bits_per_code").is_some() {
+            let _ = write!(
+                line,
+                "  |  held out {:.4} nats, {:.4} bits per code (unigram {:.4}), {:.1} bits per image{best}",
+                figure("nats_per_code"),
+                figure("bits_per_code"),
+                figure("unigram_bits_per_code"),
+                figure("bits_per_image"),
+            );
+            return line + "  |  " + &seconds(epoch);
+        }
         let (psnr, ssim) = (figure("psnr"), figure("ssim"));
         let usage = &evaluation.usage;
         let perplexity = joined(usage.iter().map(|usage| format!("{:.1}", usage.perplexity())));
@@ -174,12 +210,14 @@ fn epoch_line(epoch: &EpochFinished<'_>) -> String {
         );
         let _ = write!(
             line,
-            "  |  test PSNR {psnr:.2} dB, SSIM {ssim:.3}, perplexity {perplexity}, {codes} codes in use{}",
-            if epoch.is_best { ", best so far" } else { "" }
+            "  |  test PSNR {psnr:.2} dB, SSIM {ssim:.3}, perplexity {perplexity}, {codes} codes in use{best}"
         );
     }
-    let seconds = output::duration(epoch.train_seconds + epoch.evaluation_seconds);
-    line + "  |  " + &seconds
+    line + "  |  " + &seconds(epoch)
+}
+
+fn seconds(epoch: &EpochFinished<'_>) -> String {
+    output::duration(epoch.train_seconds + epoch.evaluation_seconds)
 }
 
 /// The loss and what it is made of; without the figures of the codebook.
@@ -189,16 +227,29 @@ fn terms(metrics: &Metrics) -> String {
     terms.map(|(name, value)| format!("{name} {value:.4}")).collect::<Vec<_>>().join("  ")
 }
 
-fn finished(ended: &RunEnded<'_>, run: &str) -> String {
-    let best = ended.best.map_or_else(String::new, |best| {
-        format!(", best test PSNR {:.2} dB after epoch {}", best.score, best.epoch)
-    });
+fn finished(ended: &RunEnded<'_>, run: &str, subject: Subject) -> String {
     let epoch = ended.history.last().map_or(0, |record| record.epoch);
-    format!(
-        "done    {} steps{best}; look at {run}/epoch_{epoch}_recon.png, try: vq reconstruct --model {run} \
-         IMAGE",
-        ended.step
-    )
+    let best = ended.best.map_or_else(String::new, |best| match subject {
+        Subject::Tokenizer => {
+            format!(", best test PSNR {:.2} dB after epoch {}", best.score, best.epoch)
+        }
+        Subject::Prior => {
+            format!(", best held-out {:.4} bits per code after epoch {}", -best.score, best.epoch)
+        }
+    });
+    let next = match subject {
+        Subject::Tokenizer => {
+            format!(
+                "look at {run}/epoch_{epoch}_recon.png, try: vq reconstruct --model {run} IMAGE"
+            )
+        }
+        Subject::Prior => {
+            format!(
+                "look at {run}/epoch_{epoch}_samples.png, try: vq sample --prior {run} --model MODEL"
+            )
+        }
+    };
+    format!("done    {} steps{best}; {next}", ended.step)
 }
 
 /// One figure per level.

@@ -5,6 +5,8 @@ mod accumulate;
 #[cfg(test)]
 mod evaluate;
 #[cfg(test)]
+mod prior;
+#[cfg(test)]
 mod recipe;
 #[cfg(test)]
 mod refusals;

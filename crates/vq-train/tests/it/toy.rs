@@ -85,7 +85,7 @@ impl Trainable for Toy {
     fn evaluate(&self, _: &AtomicBool) -> Result<Option<Evaluation>> {
         self.note("evaluate");
         let metrics = Metrics::new().with("weight", f64::from(self.weight()));
-        Ok(Some(Evaluation { metrics, score: 0.0, usage: Vec::new(), samples: None }))
+        Ok(Some(Evaluation { metrics, score: 0.0, usage: Vec::new(), samples: None, drawn: None }))
     }
 
     fn save(&self, folder: &Path) -> Result<()> {

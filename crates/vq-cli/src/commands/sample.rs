@@ -1,0 +1,348 @@
+//! `vq sample`
+
+use std::path::{Path, PathBuf};
+
+use candle_core::{Device, Tensor};
+use clap::{Args, ValueEnum};
+use serde_json::json;
+use vq_data::picture;
+use vq_model::{Codes, Stream, VqVae};
+use vq_prior::{Completion, Conditions, Prior, SampleOptions};
+use vq_train::{decode, load_prior, model_hash, resolve_model};
+use vq_viz::{image_grid, save_png, tensor_to_image};
+
+use super::encode::encode;
+use crate::cli::LogFormat;
+use crate::compute::ComputeArgs;
+use crate::error::{Error, Result};
+use crate::images::{self, Picture};
+use crate::observers::{GRID_COLUMNS, GRID_PADDING};
+use crate::{file, output};
+
+/// Draw new images: codes from a prior, decoded by the model.
+///
+/// Writes `grid.png` and every image by itself, `00000.png` and so on. The same seed draws the same images.
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:
+  vq sample --model results --prior results-prior --count 40 --out samples
+  vq sample --model results --prior results-prior --class heart --guidance 2
+  vq sample --model results --prior top middle bottom     a model of three levels
+  vq sample --model results --prior results-prior --complete image.png --keep top-half")]
+pub(crate) struct SampleArgs {
+    /// The model: a run's folder (its best checkpoint), a checkpoint's or a model's.
+    #[arg(long, default_value = "results", value_name = "FOLDER")]
+    model: PathBuf,
+
+    /// The prior that `vq train-prior` trained on the model's codes; of a model with several levels one for
+    /// each, the top one first.
+    #[arg(long, default_value = "results-prior", num_args = 1.., value_name = "FOLDER")]
+    prior: Vec<PathBuf>,
+
+    /// Images to draw.
+    #[arg(long, default_value_t = 40, value_name = "N")]
+    count: usize,
+
+    /// Draw images of this class: its name or number, or `none` for no class in particular [default: all
+    /// classes in turn].
+    #[arg(long, value_name = "CLASS")]
+    class: Option<String>,
+
+    /// Below 1 the more probable codes are preferred; 0 takes the most probable one each time.
+    #[arg(long, default_value_t = 1.0, value_name = "T")]
+    temperature: f64,
+
+    /// Draw from the K most probable codes only; 0 = from all.
+    #[arg(long, default_value_t = 0, value_name = "K")]
+    top_k: usize,
+
+    /// Draw from the fewest codes whose probabilities add up to P only; 1 = from all.
+    #[arg(long, default_value_t = 1.0, value_name = "P")]
+    top_p: f64,
+
+    /// Above 1, stress what tells the class from the others (classifier-free guidance); twice the work.
+    #[arg(long, default_value_t = 1.0, value_name = "S")]
+    guidance: f64,
+
+    /// Decides what is drawn.
+    #[arg(long, default_value_t = 0, value_name = "N")]
+    seed: u64,
+
+    /// Complete this image instead of drawing whole ones. Of the kept part the codes are kept: what is
+    /// written is what the model makes of them.
+    #[arg(long, value_name = "IMAGE", requires = "keep")]
+    complete: Option<PathBuf>,
+
+    /// What of the image to keep. Codes are drawn row by row, and each given those before it: what is kept
+    /// below or to the right does not tell of itself.
+    #[arg(long, value_enum, value_name = "PART", requires = "complete")]
+    keep: Option<Keep>,
+
+    /// Where the PNGs go.
+    #[arg(long, default_value = "samples", value_name = "FOLDER")]
+    out: PathBuf,
+
+    #[command(flatten)]
+    compute: ComputeArgs,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Keep {
+    TopHalf,
+    TopQuarter,
+    LeftHalf,
+    LeftQuarter,
+    BottomHalf,
+    RightHalf,
+}
+
+/// Images that are drawn at a time; memory, not the result, depends on it.
+const BATCH: usize = 64;
+/// More classes than that do not get a column each.
+const MOST_COLUMNS: usize = 16;
+
+pub(crate) fn run(args: &SampleArgs, format: LogFormat) -> Result<()> {
+    let device = args.compute.start()?;
+    let folder = resolve_model(&args.model)?;
+    let model = args.compute.load(&folder, &device)?;
+    let hash = model_hash(&folder)?;
+    let load = |path: &PathBuf| load_prior(path, &hash, &device);
+    let priors: Vec<Prior> = args.prior.iter().map(load).collect::<std::result::Result<_, _>>()?;
+    check(&model, &priors, &args.prior)?;
+    let labels = args.labels(&priors)?;
+    let given = match (&args.complete, args.keep) {
+        (Some(path), Some(keep)) => Some((given(path, &model, &device)?, keep)),
+        _ => None,
+    };
+    if args.count == 0 {
+        return Err(Error::other("there is nothing to draw: --count must be at least 1"));
+    }
+
+    file::make_folder(&args.out)?;
+    let mut all = Vec::new();
+    for first in (0..args.count).step_by(BATCH) {
+        let count = BATCH.min(args.count - first);
+        let labels = labels.as_ref().and_then(|labels| labels.get(first..first + count));
+        let codes = args.draw(&priors, first, count, labels, given.as_ref())?;
+        all.push(decode(&model, &codes)?);
+    }
+    let images = Tensor::cat(&all, 0)?;
+    for index in 0..args.count {
+        let path = args.out.join(format!("{index:05}.png"));
+        save_png(&tensor_to_image(&images.get(index)?)?, &path)?;
+    }
+    let classes = priors.first().map_or(0, |prior| prior.config().class_count);
+    let by_class = args.class.is_none() && (2..=MOST_COLUMNS).contains(&classes);
+    let columns = if by_class { classes } else { GRID_COLUMNS };
+    let grid = args.out.join("grid.png");
+    save_png(&image_grid(&images, columns, GRID_PADDING)?, &grid)?;
+    let text = format!("{}  {} images", grid.display(), args.count);
+    let record = json!({ "event": "sampled", "path": grid, "images": args.count, "labels": labels,
+        "seed": args.seed });
+    output::result(format, text, &record)
+}
+
+impl SampleArgs {
+    /// The label of every image; nothing for priors without classes.
+    fn labels(&self, priors: &[Prior]) -> Result<Option<Vec<u32>>> {
+        let Some(config) = priors.first().map(Prior::config) else { return Ok(None) };
+        let classes = config.class_count;
+        if classes == 0 {
+            return match &self.class {
+                None => Ok(None),
+                Some(_) => Err(Error::other(
+                    "the prior was trained without classes: leave out --class, or train one on codes of a data \
+                     set with classes",
+                )),
+            };
+        }
+        let label = match self.class.as_deref() {
+            None => {
+                return Ok(Some((0..self.count).map(|image| (image % classes) as u32).collect()));
+            }
+            Some(name) => {
+                let named = config.class_names.iter().position(|class| class == name);
+                let numbered = || name.parse().ok().filter(|&number: &usize| number < classes);
+                let none = || (name == "none").then_some(classes);
+                named.or_else(numbered).or_else(none).ok_or_else(|| {
+                    Error::other(format!(
+                        "there is no class `{name}`: use none, 0 to {}, or one of {}",
+                        classes - 1,
+                        config.class_names.join(", ")
+                    ))
+                })?
+            }
+        };
+        Ok(Some(vec![label as u32; self.count]))
+    }
+
+    /// The codes of `count` images from number `first` on: level by level, from the top.
+    fn draw(
+        &self,
+        priors: &[Prior],
+        first: usize,
+        count: usize,
+        labels: Option<&[u32]>,
+        given: Option<&(Codes, Keep)>,
+    ) -> Result<Codes> {
+        let labels = match labels {
+            Some(labels) => Some(Tensor::from_slice(labels, count, &Device::Cpu)?),
+            None => None,
+        };
+        let mut levels: Vec<Tensor> = Vec::new();
+        for (index, prior) in priors.iter().enumerate() {
+            let conditions = Conditions { labels: labels.as_ref(), conditioning: &levels };
+            let options = SampleOptions {
+                temperature: self.temperature,
+                top_k: self.top_k,
+                top_p: self.top_p,
+                guidance: self.guidance,
+                // What is drawn at one level must not echo what was drawn at another.
+                seed: match index {
+                    0 => self.seed,
+                    index => Stream::new(self.seed, "sample.level", index as u64).next_seed(),
+                },
+                first_image: first as u64,
+                recompute: false,
+            };
+            let mut parts = None;
+            if let Some((codes, keep)) = given
+                && let Some(codes) = codes.levels.get(priors.len() - 1 - index)
+            {
+                let mut shape = codes.dims().to_vec();
+                if let Some(images) = shape.first_mut() {
+                    *images = count;
+                }
+                let codes = codes.broadcast_as(shape)?.contiguous()?;
+                parts = Some((codes, keep.mask(prior.config().grid)?));
+            }
+            let completion = parts.as_ref().map(|(codes, mask)| Completion { codes, mask });
+            let drawn = prior.sample(count, &conditions, &options, completion.as_ref())?;
+            levels.insert(0, drawn.to_device(&Device::Cpu)?);
+        }
+        Ok(Codes { levels })
+    }
+}
+
+/// Whether these are priors for all levels of the model, from the top.
+fn check(model: &VqVae, priors: &[Prior], paths: &[PathBuf]) -> Result<()> {
+    let levels = model.config().levels.len();
+    if priors.len() != levels {
+        return Err(Error::other(format!(
+            "the model has {levels} level(s) of codes and {} prior(s) are given: give one for each level, the top \
+             one first (--prior TOP … BOTTOM)",
+            priors.len()
+        )));
+    }
+    for (index, (prior, path)) in priors.iter().zip(paths).enumerate() {
+        let (own, level) = (prior.config().conditioning.len(), levels - 1 - index);
+        if own != index {
+            return Err(Error::other(format!(
+                "{} is a prior for level {}, and one for level {level} is wanted there: give the top one first",
+                path.display(),
+                levels.saturating_sub(1 + own)
+            )));
+        }
+        if priors.first().map(|first| &first.config().class_names)
+            != Some(&prior.config().class_names)
+        {
+            let path = path.display();
+            return Err(Error::other(format!(
+                "{path} was trained on other classes than the top prior"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The codes of the image to complete, in the size that the priors are for.
+fn given(path: &Path, model: &VqVae, device: &Device) -> Result<Codes> {
+    let image = picture::fit(&picture::load(path)?, model.config().image_size);
+    let dataset = images::dataset(&[Picture { path: path.to_owned(), image }])?;
+    let codes = encode(model, dataset, device)?;
+    let levels = codes.levels.iter().map(|level| level.to_device(&Device::Cpu));
+    Ok(Codes { levels: levels.collect::<candle_core::Result<_>>()? })
+}
+
+impl Keep {
+    /// u8 `[h,w]`, 1 where codes are kept.
+    fn mask(self, [h, w]: [usize; 2]) -> Result<Tensor> {
+        let kept = |row: usize, column: usize| match self {
+            Self::TopHalf => row < h / 2,
+            Self::TopQuarter => row < h / 4,
+            Self::LeftHalf => column < w / 2,
+            Self::LeftQuarter => column < w / 4,
+            Self::BottomHalf => row >= h / 2,
+            Self::RightHalf => column >= w / 2,
+        };
+        let mask = (0..h * w).map(|place| u8::from(kept(place / w, place % w))).collect();
+        Ok(Tensor::from_vec(mask, (h, w), &Device::Cpu)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+    use vq_prior::Config;
+
+    use super::*;
+    use crate::cli::{Cli, Command};
+
+    fn args(more: &[&str]) -> SampleArgs {
+        let args = ["vq", "sample"].iter().chain(more);
+        match Cli::try_parse_from(args).unwrap().command {
+            Command::Sample(args) => args,
+            other => panic!("{other:?}"),
+        }
+    }
+
+    fn prior(class_count: usize) -> Prior {
+        let mut config =
+            Config { grid: [4, 2], codebook_sizes: vec![50], class_count, ..Config::default() };
+        if class_count > 0 {
+            config.class_names = (0..class_count).map(|class| format!("class {class}")).collect();
+        }
+        Prior::new(&config, 0, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn what_is_given_is_kept_in_every_image() {
+        let codes = Tensor::arange(0u32, 8, &Device::Cpu).unwrap().reshape((1, 4, 2)).unwrap();
+        let given = (Codes { levels: vec![codes] }, Keep::TopHalf);
+        let drawn = args(&[]).draw(&[prior(0)], 0, 3, None, Some(&given)).unwrap();
+        let images = drawn.levels[0].flatten_from(1).unwrap().to_vec2::<u32>().unwrap();
+        for image in &images {
+            assert_eq!(image[..4], [0, 1, 2, 3]);
+        }
+        assert!(images[0] != images[1] && images[1] != images[2], "{images:?}");
+    }
+
+    #[test]
+    fn classes_go_by_name_by_number_and_in_turn() {
+        let labels = |prior: &Prior, more: &[&str]| {
+            let mut all = vec!["--count=5"];
+            all.extend(more);
+            args(&all).labels(std::slice::from_ref(prior))
+        };
+        let three = prior(3);
+        assert_eq!(labels(&three, &[]).unwrap().unwrap(), [0, 1, 2, 0, 1]);
+        assert_eq!(labels(&three, &["--class=class 2"]).unwrap().unwrap(), [2; 5]);
+        assert_eq!(labels(&three, &["--class=1"]).unwrap().unwrap(), [1; 5]);
+        assert_eq!(labels(&three, &["--class=none"]).unwrap().unwrap(), [3; 5]);
+        assert!(labels(&three, &["--class=3"]).unwrap_err().to_string().contains("class 0"));
+        assert_eq!(labels(&prior(0), &[]).unwrap(), None);
+        assert!(
+            labels(&prior(0), &["--class=1"]).unwrap_err().to_string().contains("without classes")
+        );
+    }
+
+    #[test]
+    fn what_is_kept_is_where_its_name_says() {
+        let mask = |keep: Keep| keep.mask([2, 4]).unwrap().to_vec2::<u8>().unwrap();
+        assert_eq!(mask(Keep::TopHalf), [[1, 1, 1, 1], [0, 0, 0, 0]]);
+        assert_eq!(mask(Keep::BottomHalf), [[0, 0, 0, 0], [1, 1, 1, 1]]);
+        assert_eq!(mask(Keep::LeftHalf), [[1, 1, 0, 0], [1, 1, 0, 0]]);
+        assert_eq!(mask(Keep::RightHalf), [[0, 0, 1, 1], [0, 0, 1, 1]]);
+        assert_eq!(mask(Keep::LeftQuarter), [[1, 0, 0, 0], [1, 0, 0, 0]]);
+        assert_eq!(mask(Keep::TopQuarter), [[0, 0, 0, 0], [0, 0, 0, 0]]);
+    }
+}

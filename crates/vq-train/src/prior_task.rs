@@ -1,0 +1,223 @@
+//! A prior with its codes, as something to train.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use candle_core::{Device, Tensor, Var};
+use vq_model::{Codes, Stream, VqVae};
+use vq_prior::{Conditions, Prior, SampleOptions, Training};
+
+use crate::prior_codes::PriorCodes;
+use crate::recipe_toml::first_difference;
+use crate::{
+    CodesBatch, Error, Evaluation, Forward, Metrics, PriorRecipe, PriorTrainConfig, Result,
+    Trainable, Update,
+};
+
+/// A prior with its codes, and the model that decodes what is drawn from it.
+pub struct PriorTask {
+    prior: Prior,
+    model: VqVae,
+    train: PriorCodes,
+    held_out: PriorCodes,
+    config: PriorTrainConfig,
+    unigram_bits: f64,
+    /// The most frequent codes of each level below, `[G]`.
+    below: Vec<Vec<u32>>,
+}
+
+impl PriorTask {
+    /// A fresh prior of `recipe.prior`, whose keys that the codes decide are filled in, for codes of the
+    /// model whose [`model_hash`](crate::model_hash) is `hash`; codes of another are refused. Checks the
+    /// recipe.
+    pub fn new(
+        recipe: &mut PriorRecipe,
+        model: VqVae,
+        hash: &str,
+        device: &Device,
+    ) -> Result<Self> {
+        let (train, held_out) = PriorCodes::open(&recipe.data, hash)?;
+        recipe.prior = train.resolve(&recipe.prior);
+        recipe.validate()?;
+        let config = recipe.train.clone();
+        if config.batch_size > train.len() {
+            let (batch_size, len) = (config.batch_size, train.len());
+            return Err(Error::Data(vq_data::Error::BatchTooLarge { batch_size, len }));
+        }
+        let histograms = train.histograms()?;
+        let of_level = histograms.get(train.level()).map(Vec::as_slice).unwrap_or_default();
+        let unigram_bits = held_out.unigram_bits(of_level)?;
+        let below = histograms.iter().take(train.level());
+        let below = below.map(|codes| codes.iter().map(|counts| most_frequent(counts)).collect());
+        let below = below.collect();
+        let prior = Prior::new(&recipe.prior, config.seed, device)?;
+        Ok(Self { prior, model, train, held_out, config, unigram_bits, below })
+    }
+
+    /// The prior as it stands.
+    pub fn prior(&self) -> &Prior {
+        &self.prior
+    }
+
+    /// Images to learn from, and images to judge by.
+    pub fn images(&self) -> (usize, usize) {
+        (self.train.len(), self.held_out.len())
+    }
+
+    /// The level that the prior is for, 0 = bottom.
+    pub fn level(&self) -> usize {
+        self.train.level()
+    }
+
+    /// Bits per held-out code under the frequencies of the training codes: what a prior must beat.
+    pub fn unigram_bits(&self) -> f64 {
+        self.unigram_bits
+    }
+
+    /// Images drawn from the prior, `[N,C,H,W]` f32 in [0, 1]: image i of class i mod classes, under the
+    /// codes of held-out images of the levels above. Levels below have their most frequent code everywhere.
+    fn draw(&self) -> Result<Option<Tensor>> {
+        let config = self.prior.config();
+        let mut count = self.config.samples;
+        if !config.conditioning.is_empty() {
+            count = count.min(self.held_out.len());
+        }
+        if count == 0 {
+            return Ok(None);
+        }
+        let spacing = (self.held_out.len() / count).max(1);
+        let indices: Vec<usize> = (0..count).map(|i| i * spacing % self.held_out.len()).collect();
+        let given = self.held_out.batch(&indices)?;
+        let classes = config.class_count;
+        let labels = if !config.conditioning.is_empty() || classes == 0 {
+            given.labels
+        } else {
+            let labels = (0..count).map(|image| (image % classes) as u32).collect();
+            Some(Tensor::from_vec(labels, count, &Device::Cpu)?)
+        };
+        let conditions = Conditions { labels: labels.as_ref(), conditioning: &given.conditioning };
+        let options = SampleOptions { seed: self.config.seed, ..SampleOptions::default() };
+        let drawn = self.prior.sample(count, &conditions, &options, None)?;
+        let [height, width] = self.model.config().image_size;
+        let grids = self.model.config().grids(height, width)?;
+        let mut levels = Vec::new();
+        for ([h, w], codes) in grids.into_iter().zip(&self.below) {
+            let all: Vec<u32> =
+                codes.iter().copied().cycle().take(count * h * w * codes.len()).collect();
+            levels.push(match codes.len() {
+                1 => Tensor::from_vec(all, (count, h, w), &Device::Cpu)?,
+                several => Tensor::from_vec(all, (count, h, w, several), &Device::Cpu)?,
+            });
+        }
+        levels.push(drawn);
+        levels.extend(given.conditioning.iter().cloned());
+        decode(&self.model, &Codes { levels }).map(Some)
+    }
+}
+
+/// The images of codes of all levels, on any device: `[N,C,H,W]` f32 in [0, 1] on the CPU.
+pub fn decode(model: &VqVae, codes: &Codes) -> Result<Tensor> {
+    let on_device = |level: &Tensor| level.to_device(model.device());
+    let levels = codes.levels.iter().map(on_device).collect::<candle_core::Result<_>>()?;
+    let images = model.decode(&Codes { levels })?.to_device(&Device::Cpu)?;
+    Ok(model.config().normalization.denormalize(&images)?.contiguous()?)
+}
+
+impl Trainable for PriorTask {
+    type Batch = CodesBatch;
+    type Residue = ();
+
+    fn batches_per_epoch(&self) -> usize {
+        self.train.len() / self.config.batch_size.max(1)
+    }
+
+    fn batches(
+        &self,
+        epoch: u64,
+        first: usize,
+    ) -> Box<dyn Iterator<Item = Result<CodesBatch>> + Send> {
+        let images = self.train.len();
+        let order = Stream::new(self.config.seed, "prior.order", epoch).distinct(images, images);
+        let (size, codes) = (self.config.batch_size.max(1), self.train.clone());
+        let batch = move |number: usize| {
+            codes.batch(order.get(number * size..(number + 1) * size).unwrap_or_default())
+        };
+        Box::new((first..self.batches_per_epoch()).map(batch))
+    }
+
+    fn parameters(&self) -> &BTreeMap<String, Var> {
+        self.prior.parameters()
+    }
+
+    /// Weights of convolutions and linear maps; biases, gains and tables of vectors have other names.
+    fn decays(&self, name: &str, _: &Var) -> bool {
+        name.ends_with(".weight")
+    }
+
+    fn prepare(&mut self) -> Result<()> {
+        Ok(())
+    }
+
+    fn forward(&self, batch: &CodesBatch, step: u64) -> Result<Forward<()>> {
+        let training = Training { seed: self.config.seed, step };
+        let loss = self.prior.loss(&batch.codes, &batch.conditions(), training)?;
+        let nats = f64::from(loss.to_scalar::<f32>()?);
+        let terms =
+            Metrics::new().with("loss", nats).with("bits_per_code", nats / std::f64::consts::LN_2);
+        let examples = batch.codes.dim(0)?;
+        Ok(Forward { loss, terms, examples, usage: Vec::new(), residue: () })
+    }
+
+    fn update(&mut self, (): (), _: u64) -> Result<Update> {
+        Ok(Update::default())
+    }
+
+    /// On the held-out codes, each with its class and the codes of the levels above:
+    /// - `nats_per_code`, `bits_per_code`: −ln p and −log₂ p, means over all codes.
+    /// - `bits_per_image`: the sum over an image's codes of this level, a mean over the images.
+    /// - `unigram_bits_per_code`: see [`PriorTask::unigram_bits`].
+    ///
+    /// The score is −`bits_per_code`.
+    fn evaluate(&self, stop: &AtomicBool) -> Result<Option<Evaluation>> {
+        let images: Vec<usize> = (0..self.held_out.len()).collect();
+        let mut nats = 0.0;
+        for indices in images.chunks(self.config.batch_size.max(1)) {
+            if stop.load(Ordering::Relaxed) {
+                return Ok(None);
+            }
+            let batch = self.held_out.batch(indices)?;
+            for value in self.prior.log_likelihood(&batch.codes, &batch.conditions())? {
+                nats -= value;
+            }
+        }
+        let per_image = nats / images.len() as f64;
+        let per_code = per_image / self.prior.config().codes_per_image() as f64;
+        let bits = per_code / std::f64::consts::LN_2;
+        let metrics = Metrics::new()
+            .with("nats_per_code", per_code)
+            .with("bits_per_code", bits)
+            .with("bits_per_image", per_image / std::f64::consts::LN_2)
+            .with("unigram_bits_per_code", self.unigram_bits);
+        let drawn = self.draw()?;
+        Ok(Some(Evaluation { metrics, score: -bits, usage: Vec::new(), samples: None, drawn }))
+    }
+
+    fn save(&self, folder: &Path) -> Result<()> {
+        Ok(self.prior.save(folder)?)
+    }
+
+    fn load(&mut self, folder: &Path) -> Result<()> {
+        let prior = Prior::from_pretrained(folder, self.prior.device())?;
+        if let Some((key, was, now)) = first_difference(prior.config(), self.prior.config())? {
+            return Err(Error::ResumeMismatch { key: format!("prior.{key}"), was, now });
+        }
+        self.prior = prior;
+        Ok(())
+    }
+}
+
+fn most_frequent(counts: &[u64]) -> u32 {
+    let most = counts.iter().copied().max().unwrap_or(0);
+    counts.iter().position(|&count| count == most).unwrap_or(0) as u32
+}
