@@ -343,7 +343,8 @@ mod tests {
         let was = PriorRecipe::default();
         let more = was.with_override("train.epochs=99").unwrap();
         assert_eq!(more.check_resume(&was).unwrap(), ["train.epochs: 30 → 99"]);
-        let other = was.with_override("prior.tokenizer=x").unwrap();
+        let mut other = was.clone();
+        other.prior.tokenizer = "x".to_owned();
         assert!(other.check_resume(&was).unwrap_err().to_string().contains("prior.tokenizer"));
     }
 }
