@@ -12,6 +12,8 @@ pub(crate) const DEPTH: usize = 192;
 /// Distance between rows that were gathered for [`Tile::a`]: an odd number of cache lines, so that
 /// the rows of a tile fall into different cache sets.
 pub(crate) const ROW: usize = DEPTH + 16;
+/// Registers in a row of a panel.
+const PANEL_REGISTERS: usize = 2;
 
 /// One tile: `c[rows[i] + j] (+)= Σ_d a(i, d) · b[d][j]`, then bias, mask and residual.
 pub(crate) struct Tile {
@@ -164,6 +166,41 @@ pub(crate) fn available() -> Vec<&'static Kernels> {
     all
 }
 
+/// `Σ_d a(i, d) · b[d][j]` for `MR` rows and `NV` registers of columns, where row i of `a` begins at
+/// `row(i)`. Nothing may reach into the sums but loops of constant length: they would lie in memory
+/// instead of registers, and the product take twice as long.
+///
+/// # Safety
+/// `a` covers `MR` rows of `depth`, `a_step` elements apart, `b` covers `depth` panels, and the CPU has
+/// `V`'s instruction set.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn products<V: Vector, const MR: usize, const NV: usize>(
+    depth: usize,
+    (mut a, row, a_step): (*const f32, impl Fn(usize) -> usize, usize),
+    mut b: *const f32,
+) -> [[V; NV]; MR] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [[V::splat(0.); NV]; MR];
+        for _ in 0..depth {
+            let mut columns = [V::splat(0.); NV];
+            for (j, column) in columns.iter_mut().enumerate() {
+                *column = V::load(b.add(j * V::LANES));
+            }
+            for (i, sums) in sums.iter_mut().enumerate() {
+                let factor = V::splat(*a.add(row(i)));
+                for (sum, column) in sums.iter_mut().zip(columns) {
+                    *sum = factor.mul_add(column, *sum);
+                }
+            }
+            a = a.add(a_step);
+            b = b.add(PANEL_REGISTERS * V::LANES);
+        }
+        sums
+    }
+}
+
 /// The tile for `MR` rows and `NV` registers of columns. `ROW_STEP` is the distance between rows
 /// of the first operand.
 ///
@@ -171,28 +208,18 @@ pub(crate) fn available() -> Vec<&'static Kernels> {
 /// As [`Kernels::run`], and the CPU must have `V`'s instruction set.
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn generic<V: Vector, const MR: usize, const NV: usize, const ROW_STEP: usize>(
-    tile: &Tile,
-    panel: usize,
-) {
+unsafe fn generic<V: Vector, const MR: usize, const NV: usize, const ROW_STEP: usize>(tile: &Tile) {
     // SAFETY: the caller's promise: `a` covers MR rows of `depth`, `b` covers `depth` panels, and
     // `c`, `mask` and `residual` cover `columns` elements from each of the MR `rows`.
     unsafe {
-        let mut sums = [[V::splat(0.); NV]; MR];
-        let (mut a, mut b) = (tile.a, tile.b);
-        for _ in 0..tile.depth {
-            let mut columns = [V::splat(0.); NV];
-            for (j, column) in columns.iter_mut().enumerate() {
-                *column = V::load(b.add(j * V::LANES));
+        let a = (tile.a, |row| row * ROW_STEP, tile.a_step);
+        let sums: [[V; NV]; MR] = products(tile.depth, a, tile.b);
+        // What follows counts through the rows, so not through those in registers: see `products`.
+        let mut stored = [[V::splat(0.); NV]; MR];
+        for (to, sums) in stored.iter_mut().zip(sums) {
+            for (to, sum) in to.iter_mut().zip(sums) {
+                *to = sum;
             }
-            for (i, row) in sums.iter_mut().enumerate() {
-                let factor = V::splat(*a.add(i * ROW_STEP));
-                for (sum, column) in row.iter_mut().zip(columns) {
-                    *sum = factor.mul_add(column, *sum);
-                }
-            }
-            a = a.add(tile.a_step);
-            b = b.add(panel);
         }
         for (j, first) in (0..NV).map(|j| (j, j * V::LANES)) {
             let count = tile.columns.saturating_sub(first).min(V::LANES);
@@ -208,7 +235,7 @@ unsafe fn generic<V: Vector, const MR: usize, const NV: usize, const ROW_STEP: u
             let fetch = |from: *const f32| {
                 if whole { V::load(from) } else { V::load_partial(from, count) }
             };
-            for (i, row) in sums.iter().enumerate() {
+            for (i, row) in stored.iter().enumerate() {
                 let at = *tile.rows.add(i) + first;
                 let mut value = row[j];
                 if tile.accumulate {
@@ -241,22 +268,8 @@ unsafe fn generic_search<V: Vector, const MR: usize, const NV: usize>(tile: &Sea
     // SAFETY: the caller's promise: `a` covers MR rows of `depth`, `b` covers `depth` panels, `norms`
     // one panel, and `state` MR times three registers.
     unsafe {
-        let mut sums = [[V::splat(0.); NV]; MR];
-        let (mut a, mut b) = (tile.a, tile.b);
-        for _ in 0..tile.depth {
-            let mut columns = [V::splat(0.); NV];
-            for (j, column) in columns.iter_mut().enumerate() {
-                *column = V::load(b.add(j * V::LANES));
-            }
-            for (i, row) in sums.iter_mut().enumerate() {
-                let factor = V::splat(*a.add(i * tile.a_step));
-                for (sum, column) in row.iter_mut().zip(columns) {
-                    *sum = factor.mul_add(column, *sum);
-                }
-            }
-            a = a.add(1);
-            b = b.add(NV * V::LANES);
-        }
+        let a = (tile.a, |row| row * tile.a_step, 1);
+        let sums: [[V; NV]; MR] = products(tile.depth, a, tile.b);
         for (i, row) in sums.into_iter().enumerate() {
             let state = tile.state.add(i * 3 * V::LANES);
             let mut best = V::load(state);
@@ -304,12 +317,12 @@ macro_rules! kernels_for {
         mod $module {
             use super::*;
 
-            const PANEL: usize = 2 * <$vector>::LANES;
+            const PANEL: usize = PANEL_REGISTERS * <$vector>::LANES;
 
             $(#[target_feature(enable = $feature)])?
             unsafe fn run<const MR: usize, const NV: usize, const ROW_STEP: usize>(tile: &Tile) {
                 // SAFETY: the caller's promise; the instruction set is enabled above.
-                unsafe { generic::<$vector, MR, NV, ROW_STEP>(tile, PANEL) }
+                unsafe { generic::<$vector, MR, NV, ROW_STEP>(tile) }
             }
 
             $(#[target_feature(enable = $feature)])?
@@ -351,7 +364,7 @@ macro_rules! kernels_for {
             $(#[target_feature(enable = $feature)])?
             unsafe fn search<const MR: usize>(tile: &SearchTile) {
                 // SAFETY: as above.
-                unsafe { generic_search::<$vector, MR, 2>(tile) }
+                unsafe { generic_search::<$vector, MR, PANEL_REGISTERS>(tile) }
             }
 
             const fn transforms<F: Filter>() -> Transforms {
