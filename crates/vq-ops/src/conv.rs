@@ -4,6 +4,7 @@ use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tenso
 
 use crate::cpu::buffers::Buffers;
 use crate::cpu::conv::{Finish, Geometry, large_to_small, small_to_large};
+use crate::cpu::elements::Output;
 use crate::cpu::pack::Images;
 use crate::cpu::weight_gradient::{column_sums, weight_gradient};
 use crate::storage::{f32_elements, f32_slice};
@@ -235,7 +236,8 @@ impl ConvOp {
         let mut y = vec![0.; out.len()];
         let finish = Finish { bias, ..Finish::default() };
         let run = if self.transposed { small_to_large } else { large_to_small };
-        run(&self.geometry, x, self.relu, weight, finish, &self.buffers, &mut y);
+        let to = Output::F32(&mut y);
+        run(&self.geometry, x.into(), self.relu, weight, finish, &self.buffers, to);
         (CpuStorage::F32(y), (out.batch, out.height, out.width, out.channels).into())
     }
 
@@ -255,8 +257,10 @@ impl ConvOp {
             f32_slice(x, |x| {
                 f32_slice(weight, |weight| {
                     f32_slice(&grad, |grad| {
-                        let finish = Finish { mask: self.relu.then_some(x), ..Finish::default() };
-                        run(&self.geometry, grad, false, weight, finish, &self.buffers, &mut dx);
+                        let mask = self.relu.then_some(x.into());
+                        let finish = Finish { mask, ..Finish::default() };
+                        let to = Output::F32(&mut dx);
+                        run(&self.geometry, grad.into(), false, weight, finish, &self.buffers, to);
                     })
                 })
             })???;
@@ -268,7 +272,7 @@ impl ConvOp {
             let mut dw = vec![0.; weight.elem_count()];
             f32_slice(x, |x| {
                 f32_slice(&grad, |grad| {
-                    let (x, grad) = ((x, self.relu), (grad, false));
+                    let (x, grad) = ((x.into(), self.relu), (grad.into(), false));
                     let (large, small) = if self.transposed { (grad, x) } else { (x, grad) };
                     weight_gradient(&self.geometry, large, small, &self.buffers, &mut dw);
                 })
@@ -280,7 +284,7 @@ impl ConvOp {
         let of_bias = match bias {
             Some(bias) if bias.track_op() => {
                 let mut db = vec![0.; out.channels];
-                f32_slice(&grad, |grad| column_sums(grad, out.channels, &mut db))?;
+                f32_slice(&grad, |grad| column_sums(grad.into(), out.channels, &mut db))?;
                 Some(Tensor::from_vec(db, out.channels, x.device())?)
             }
             _ => None,

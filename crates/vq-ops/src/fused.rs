@@ -6,8 +6,11 @@ use std::sync::{Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
-use crate::cpu::buffers::{Buffer, Buffers};
+use crate::cpu::activation::{Activation, Read, Reading};
+use crate::cpu::buffers::Buffers;
 use crate::cpu::conv::{Finish, Geometry, large_to_small, small_to_large};
+use crate::cpu::elements::{Elements, Output};
+use crate::cpu::pack::Images;
 use crate::cpu::weight_gradient::{column_sums, weight_gradient};
 use crate::stack::{Layer, residual_1x1, residual_3x3};
 use crate::storage::{f32_elements, f32_slice};
@@ -47,9 +50,9 @@ enum Step {
 /// What a step's backward pass needs beside its input.
 struct Saved {
     /// The step's output, for all but the last.
-    output: Option<Buffer>,
+    output: Option<Activation>,
     /// Between the two convolutions of a residual step.
-    hidden: Option<Buffer>,
+    hidden: Option<Activation>,
 }
 
 impl FusedStack {
@@ -120,33 +123,37 @@ impl FusedStack {
     fn run(&self, x: &[f32], theta: &[f32], keep: bool) -> (Vec<f32>, Vec<Saved>) {
         let mut saved: Vec<Saved> = Vec::with_capacity(self.steps.len());
         let mut last = Vec::new();
-        let mut previous: Option<Buffer> = None;
+        let mut previous: Option<Activation> = None;
         for (index, step) in self.steps.iter().enumerate() {
             let length = step.output_dims().iter().product();
-            let mut output = (index + 1 < self.steps.len()).then(|| self.buffers.take(length));
-            let to: &mut [f32] = if let Some(buffer) = &mut output {
-                buffer
+            let next = self.steps.get(index + 1);
+            let mut output =
+                next.map(|next| Activation::new(length, next.reads_input(), &self.buffers));
+            let to = if let Some(activation) = &mut output {
+                activation.output()
             } else {
                 last = vec![0.; length];
-                &mut last
+                Output::F32(&mut last)
             };
-            let from: &[f32] = match (&previous, saved.last()) {
-                (Some(buffer), _) | (None, Some(Saved { output: Some(buffer), .. })) => buffer,
-                _ => x,
+            let from: Read<'_> = match (&previous, saved.last()) {
+                (Some(input), _) | (None, Some(Saved { output: Some(input), .. })) => input.read(),
+                _ => x.into(),
             };
             let hidden = match step {
                 Step::Convolution(convolution) => {
-                    convolution.forward(from, theta, None, &self.buffers, to);
+                    convolution.forward(from.elements, theta, None, &self.buffers, to);
                     None
                 }
                 Step::Relu(_) => {
-                    relu(from, from, to);
+                    to.through_f32(&self.buffers, |to| relu(from.values, from.values, to));
                     None
                 }
                 Step::Residual { first, second } => {
-                    let mut hidden = self.buffers.take(first.output_len());
-                    first.forward(from, theta, None, &self.buffers, &mut hidden);
-                    second.forward(&hidden, theta, Some(from), &self.buffers, to);
+                    let reading = second.reads_input();
+                    let mut hidden = Activation::new(first.output_len(), reading, &self.buffers);
+                    first.forward(from.elements, theta, None, &self.buffers, hidden.output());
+                    let (x, residual) = (hidden.read().elements, Some(from.values));
+                    second.forward(x, theta, residual, &self.buffers, to);
                     Some(hidden)
                 }
             };
@@ -171,56 +178,54 @@ impl FusedStack {
         // A second backward pass through the same graph finds nothing and computes it anew.
         let mut saved = saved.unwrap_or_else(|| self.run(x, theta, true).1);
         let mut of_theta = vec![0.; theta.len()];
-        let mut of_output: Option<Buffer> = None;
+        let mut of_output: Option<Activation> = None;
         for (index, step) in self.steps.iter().enumerate().rev() {
             let hidden = saved.pop().and_then(|saved| saved.hidden);
-            let input: &[f32] = match saved.last() {
-                Some(Saved { output: Some(buffer), .. }) => buffer,
-                _ => x,
+            let input: Read<'_> = match saved.last() {
+                Some(Saved { output: Some(input), .. }) => input.read(),
+                _ => x.into(),
             };
-            let grad: &[f32] = of_output.as_deref().unwrap_or(grad);
-            let wanted = index > 0 || of_input;
-            let mut of_step_input = wanted.then(|| self.buffers.take(input.len()));
+            let grad: Read<'_> = of_output.as_ref().map_or(grad.into(), Activation::read);
+            // Read by the step before this one, or by whoever asked for it.
+            let reading = match index.checked_sub(1).and_then(|before| self.steps.get(before)) {
+                Some(before) => Some(before.reads_gradient()),
+                None => of_input.then_some(Reading::VALUES),
+            };
+            let mut of_step_input =
+                reading.map(|reading| Activation::new(step.input_len(), reading, &self.buffers));
+            let to = of_step_input.as_mut().map(Activation::output);
             match step {
                 Step::Convolution(convolution) => {
-                    convolution.parameter_gradients(input, grad, &self.buffers, &mut of_theta);
-                    if let Some(to) = &mut of_step_input {
-                        convolution.input_gradient(input, theta, grad, None, &self.buffers, to);
+                    let (x, grad) = (input.elements, grad.elements);
+                    convolution.parameter_gradients(x, grad, &self.buffers, &mut of_theta);
+                    if let Some(to) = to {
+                        convolution.input_gradient(x, theta, grad, None, &self.buffers, to);
                     }
                 }
                 Step::Relu(_) => {
-                    if let Some(to) = &mut of_step_input {
-                        relu(grad, input, to);
+                    if let Some(to) = to {
+                        to.through_f32(&self.buffers, |to| relu(grad.values, input.values, to));
                     }
                 }
                 Step::Residual { first, second } => {
                     let Some(hidden) = hidden else { continue };
-                    second.parameter_gradients(&hidden, grad, &self.buffers, &mut of_theta);
-                    let mut of_hidden = self.buffers.take(hidden.len());
-                    second.input_gradient(
-                        &hidden,
-                        theta,
-                        grad,
-                        None,
-                        &self.buffers,
-                        &mut of_hidden,
-                    );
-                    first.parameter_gradients(input, &of_hidden, &self.buffers, &mut of_theta);
-                    if let Some(to) = &mut of_step_input {
-                        first.input_gradient(
-                            input,
-                            theta,
-                            &of_hidden,
-                            Some(grad),
-                            &self.buffers,
-                            to,
-                        );
+                    let x = hidden.read().elements;
+                    second.parameter_gradients(x, grad.elements, &self.buffers, &mut of_theta);
+                    let reading = first.reads_gradient();
+                    let mut of_hidden = Activation::new(first.output_len(), reading, &self.buffers);
+                    let to_hidden = of_hidden.output();
+                    second.input_gradient(x, theta, grad.elements, None, &self.buffers, to_hidden);
+                    let (x, of_hidden) = (input.elements, of_hidden.read().elements);
+                    first.parameter_gradients(x, of_hidden, &self.buffers, &mut of_theta);
+                    if let Some(to) = to {
+                        let residual = Some(grad.values);
+                        first.input_gradient(x, theta, of_hidden, residual, &self.buffers, to);
                     }
                 }
             }
             of_output = of_step_input;
         }
-        (of_output.map(|buffer| buffer.to_vec()), of_theta)
+        (of_output.map(|gradient| gradient.read().values.to_vec()), of_theta)
     }
 }
 
@@ -243,25 +248,69 @@ impl Step {
             Self::Residual { second, .. } => second.output_dims(),
         }
     }
+
+    fn input_len(&self) -> usize {
+        match self {
+            Self::Convolution(convolution) => convolution.ends().0.len(),
+            Self::Relu(dims) => dims.iter().product(),
+            Self::Residual { first, .. } => first.ends().0.len(),
+        }
+    }
+
+    fn reads_input(&self) -> Reading {
+        match self {
+            Self::Convolution(convolution) => convolution.reads_input(),
+            Self::Relu(_) => Reading::VALUES,
+            // The sum's second term is the input itself.
+            Self::Residual { first, .. } => Reading { values: true, ..first.reads_input() },
+        }
+    }
+
+    /// As `reads_input`, for the gradient of the output.
+    fn reads_gradient(&self) -> Reading {
+        match self {
+            Self::Convolution(convolution) => convolution.reads_gradient(),
+            Self::Relu(_) => Reading::VALUES,
+            Self::Residual { second, .. } => Reading { values: true, ..second.reads_gradient() },
+        }
+    }
 }
 
 impl Convolution {
+    /// (input, output) sizes.
+    fn ends(&self) -> (Images, Images) {
+        let Geometry { large, small, .. } = self.geometry;
+        if self.transposed { (small, large) } else { (large, small) }
+    }
+
     fn output_dims(&self) -> Vec<usize> {
-        let out = if self.transposed { self.geometry.large } else { self.geometry.small };
+        let (_, out) = self.ends();
         vec![out.batch, out.height, out.width, out.channels]
     }
 
     fn output_len(&self) -> usize {
-        self.output_dims().iter().product()
+        self.ends().1.len()
+    }
+
+    fn reads_input(&self) -> Reading {
+        match self.geometry.precision {
+            Precision::F32 => Reading::VALUES,
+            Precision::Bf16 => Reading { values: false, rounded: Some(self.relu) },
+        }
+    }
+
+    fn reads_gradient(&self) -> Reading {
+        let rounded = self.reads_input().rounded.map(|_| false);
+        Reading { rounded, ..self.reads_input() }
     }
 
     fn forward(
         &self,
-        x: &[f32],
+        x: Elements<'_>,
         theta: &[f32],
         residual: Option<&[f32]>,
         buffers: &Buffers,
-        to: &mut [f32],
+        to: Output<'_>,
     ) {
         let finish = Finish { bias: Some(&theta[self.bias.clone()]), mask: None, residual };
         let run = if self.transposed { small_to_large } else { large_to_small };
@@ -270,12 +319,12 @@ impl Convolution {
 
     fn input_gradient(
         &self,
-        x: &[f32],
+        x: Elements<'_>,
         theta: &[f32],
-        grad: &[f32],
+        grad: Elements<'_>,
         residual: Option<&[f32]>,
         buffers: &Buffers,
-        to: &mut [f32],
+        to: Output<'_>,
     ) {
         let finish = Finish { bias: None, mask: self.relu.then_some(x), residual };
         let run = if self.transposed { large_to_small } else { small_to_large };
@@ -284,8 +333,8 @@ impl Convolution {
 
     fn parameter_gradients(
         &self,
-        x: &[f32],
-        grad: &[f32],
+        x: Elements<'_>,
+        grad: Elements<'_>,
         buffers: &Buffers,
         of_theta: &mut [f32],
     ) {

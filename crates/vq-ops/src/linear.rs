@@ -116,7 +116,7 @@ impl CustomOp3 for Linear {
         };
         let of_bias = if bias.track_op() {
             let mut sums = vec![0f32; outputs];
-            f32_slice(&grad, |grad| column_sums(grad, outputs, &mut sums))?;
+            f32_slice(&grad, |grad| column_sums(grad.into(), outputs, &mut sums))?;
             Some(Tensor::from_vec(sums, outputs, x.device())?)
         } else {
             None

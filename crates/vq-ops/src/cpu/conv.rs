@@ -1,13 +1,16 @@
 //! Convolution and transposed convolution, forward and with respect to the input, as implicit
 //! matrix products: each is a *patch* convolution over one or several phases of the output.
 
+use std::borrow::Cow;
 use std::cell::RefCell;
 
 use rayon::prelude::*;
 
 use super::SharedMut;
-use super::bf16;
+use super::bf16::conv::{PatchProduct, Sink};
+use super::bf16::{self, Rounded};
 use super::buffers::Buffers;
+use super::elements::{Elements, Output};
 use super::pack::{Axes, DepthAxis, Images, Patches, Place, Tap, weight_panels};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
 use super::winograd::{self, Plan};
@@ -71,6 +74,16 @@ impl Geometry {
         Patches::new(self.small, grid, /* step */ 1, taps.collect(), relu)
     }
 
+    /// Every phase of `large`, and the patches that its pixels sum over.
+    fn phases(&self, relu: bool) -> impl Iterator<Item = (Patches, Target)> {
+        let (height, width) =
+            (self.stride.min(self.large.height), self.stride.min(self.large.width));
+        (0..height).flat_map(move |y| (0..width).map(move |x| (y, x))).map(move |phase| {
+            let target = Target { images: self.large, scale: self.stride, phase };
+            (self.phase_patches(phase, relu), target)
+        })
+    }
+
     fn kernel_taps(&self) -> impl Iterator<Item = (usize, usize)> + use<> {
         let (height, width) = self.kernel;
         (0..height).flat_map(move |ky| (0..width).map(move |kx| (ky, kx)))
@@ -78,64 +91,90 @@ impl Geometry {
 }
 
 /// What happens to a sum before it is stored: bias, then mask, then residual.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Finish<'a> {
+#[derive(Clone, Copy)]
+pub(crate) struct Finish<'a, M = &'a [f32]> {
     /// One value per output channel.
     pub bias: Option<&'a [f32]>,
     /// As the output: where it is not above zero, the sum becomes zero (ReLU's gradient).
-    pub mask: Option<&'a [f32]>,
+    pub mask: Option<M>,
     /// As the output: added last.
     pub residual: Option<&'a [f32]>,
+}
+
+impl<M> Default for Finish<'_, M> {
+    fn default() -> Self {
+        Self { bias: None, mask: None, residual: None }
+    }
+}
+
+impl<'a> Finish<'a, Elements<'a>> {
+    /// With the mask in f32.
+    fn widened<R>(self, work: impl FnOnce(Finish<'_>) -> R) -> R {
+        let mask = self.mask.map(Elements::widen);
+        work(Finish { bias: self.bias, mask: mask.as_deref(), residual: self.residual })
+    }
 }
 
 /// `large` `[B, H, W, inner]` → `small` `[B, h, w, outer]`: a convolution forward, and a transposed
 /// convolution's gradient with respect to its input.
 pub(crate) fn large_to_small(
     geometry: &Geometry,
-    large: &[f32],
+    large: Elements<'_>,
     relu: bool,
     weight: &[f32],
-    finish: Finish<'_>,
+    finish: Finish<'_, Elements<'_>>,
     buffers: &Buffers,
-    small: &mut [f32],
+    small: Output<'_>,
 ) {
     let patches = geometry.patches(relu);
     let target = Target { images: geometry.small, scale: 1, phase: (0, 0) };
-    let large = Source::new(geometry, large, relu, buffers);
-    multiply(geometry, &patches, &large, weight, DepthAxis::Inner, finish, target, buffers, small);
+    let axes = Axes::new(geometry.weight_shape(), DepthAxis::Inner);
+    match Source::new(geometry, large, relu, buffers) {
+        Source::F32(large) => finish.widened(|finish| {
+            small.through_f32(buffers, |small| {
+                multiply(&patches, &large, weight, axes, finish, target, buffers, small);
+            });
+        }),
+        Source::Bf16(large) => {
+            let (large, sink) = (large.halves(), Sink::new(small));
+            bf16::conv::multiply(&patches, large, weight, axes, finish, target, buffers, sink);
+        }
+    }
 }
 
 /// `small` `[B, h, w, outer]` → `large` `[B, H, W, inner]`: a transposed convolution forward, and a
 /// convolution's gradient with respect to its input.
 pub(crate) fn small_to_large(
     geometry: &Geometry,
-    small: &[f32],
+    small: Elements<'_>,
     relu: bool,
     weight: &[f32],
-    finish: Finish<'_>,
+    finish: Finish<'_, Elements<'_>>,
     buffers: &Buffers,
-    large: &mut [f32],
+    large: Output<'_>,
 ) {
-    if geometry.large.channels <= FEW_CHANNELS {
-        return scatter(geometry, small, relu, weight, finish, buffers, large);
-    }
     let small = Source::new(geometry, small, relu, buffers);
-    for phase_y in 0..geometry.stride.min(geometry.large.height) {
-        for phase_x in 0..geometry.stride.min(geometry.large.width) {
-            let phase = (phase_y, phase_x);
-            let patches = geometry.phase_patches(phase, relu);
-            let target = Target { images: geometry.large, scale: geometry.stride, phase };
-            multiply(
-                geometry,
-                &patches,
-                &small,
-                weight,
-                DepthAxis::Outer,
-                finish,
-                target,
-                buffers,
-                large,
-            );
+    if geometry.large.channels <= FEW_CHANNELS {
+        return finish.widened(|finish| {
+            large.through_f32(buffers, |large| {
+                scatter(geometry, &small, relu, weight, finish, large);
+            });
+        });
+    }
+    let axes = Axes::new(geometry.weight_shape(), DepthAxis::Outer);
+    match small {
+        Source::F32(small) => finish.widened(|finish| {
+            large.through_f32(buffers, |large| {
+                for (patches, target) in geometry.phases(relu) {
+                    multiply(&patches, &small, weight, axes, finish, target, buffers, large);
+                }
+            });
+        }),
+        Source::Bf16(small) => {
+            let (small, sink) = (small.halves(), Sink::new(large));
+            for (patches, target) in geometry.phases(relu) {
+                bf16::conv::multiply(&patches, small, weight, axes, finish, target, buffers, sink);
+            }
         }
     }
 }
@@ -143,16 +182,16 @@ pub(crate) fn small_to_large(
 /// What patches are cut from.
 enum Source<'a> {
     /// As it is; ReLU comes with the cutting.
-    F32(&'a [f32]),
+    F32(Cow<'a, [f32]>),
     /// Rounded, after the ReLU.
-    Bf16(bf16::Narrow),
+    Bf16(Rounded<'a>),
 }
 
 impl<'a> Source<'a> {
-    fn new(geometry: &Geometry, x: &'a [f32], relu: bool, buffers: &Buffers) -> Self {
+    fn new(geometry: &Geometry, x: Elements<'a>, relu: bool, buffers: &Buffers) -> Self {
         match geometry.precision {
-            Precision::F32 => Self::F32(x),
-            Precision::Bf16 => Self::Bf16(bf16::Narrow::new(x, relu, buffers)),
+            Precision::F32 => Self::F32(x.widen()),
+            Precision::Bf16 => Self::Bf16(Rounded::new(x, relu, buffers)),
         }
     }
 }
@@ -204,24 +243,15 @@ pub(super) fn with_scratch<R>(length: usize, work: impl FnOnce(&mut [f32]) -> R)
 
 #[allow(clippy::too_many_arguments)]
 fn multiply(
-    geometry: &Geometry,
     patches: &Patches,
-    x: &Source<'_>,
+    x: &[f32],
     weight: &[f32],
-    axis: DepthAxis,
+    axes: Axes,
     finish: Finish<'_>,
     target: Target,
     buffers: &Buffers,
     out: &mut [f32],
 ) {
-    let axes = Axes::new(geometry.weight_shape(), axis);
-    let x = match x {
-        Source::F32(x) => *x,
-        Source::Bf16(x) => {
-            bf16::conv::multiply(patches, x, weight, axes, finish, target, buffers, out);
-            return;
-        }
-    };
     let kernels = kernels();
     if let Some(plan) = Plan::new(patches, target.images.channels, kernels.lanes) {
         winograd::multiply(&plan, kernels, patches, x, weight, axes, finish, target, buffers, out);
@@ -311,16 +341,14 @@ impl Product<'_> {
 /// every output pixel collects what falls on it.
 fn scatter(
     geometry: &Geometry,
-    small: &[f32],
+    small: &Source<'_>,
     relu: bool,
     weight: &[f32],
     finish: Finish<'_>,
-    buffers: &Buffers,
     large: &mut [f32],
 ) {
     let kernels = kernels();
-    let Geometry { large: to, small: from, kernel, stride, padding, dilation, precision } =
-        *geometry;
+    let Geometry { large: to, small: from, kernel, stride, padding, dilation, .. } = *geometry;
     let area = kernel.0 * kernel.1;
     let columns = area * to.channels;
     // [outer, inner, area] → [outer, area · inner], so that a tap's channels lie side by side.
@@ -338,55 +366,61 @@ fn scatter(
     let patches = Patches::new(one, (from.height, from.width), 1, vec![tap], relu);
     let target = Target { images: Images { channels: columns, ..one }, scale: 1, phase: (0, 0) };
     let (mut panels, mut pairs) = (PANELS.take(), Vec::new());
-    match precision {
-        Precision::F32 => weight_panels(&by_tap, axes, &[tap], kernels.panel, &mut panels),
-        Precision::Bf16 => {
+    match small {
+        Source::F32(_) => weight_panels(&by_tap, axes, &[tap], kernels.panel, &mut panels),
+        Source::Bf16(_) => {
             pairs.resize(bf16::conv::panels_len(from.channels, columns), 0);
             bf16::conv::weight_panels(&by_tap, axes, &[tap], &mut pairs);
         }
     }
-    let source = Source::new(geometry, small, relu, buffers);
     // [pixels, columns] of one image.
     let multiply = |image: usize, products: &mut [f32]| {
-        let (rows, out) = (one.pixels(), SharedMut::new(products));
-        let (patches, finish) = (&patches, Finish::default());
+        let rows = one.pixels();
         let elements = image * one.len()..(image + 1) * one.len();
-        match &source {
+        match small {
             Source::F32(x) => {
-                let x = &x[elements];
+                let (x, out, finish) = (&x[elements], SharedMut::new(products), Finish::default());
+                let patches = &patches;
                 let product = Product { kernels, patches, x, panels: &panels, finish, target };
                 for first in (0..rows).step_by(BLOCK) {
                     product.block(first..(first + BLOCK).min(rows), out);
                 }
             }
             Source::Bf16(x) => {
-                let (x, panels) = (&x.halves()[elements], &pairs);
-                bf16::conv::PatchProduct { patches, x, panels, finish, target }.rows(0..rows, out);
+                let (x, sink) = (&x.halves()[elements], Sink::new(Output::F32(products)));
+                let (patches, panels, finish) = (&patches, &pairs, Finish::default());
+                PatchProduct { patches, x, panels, finish, target }.rows(0..rows, sink);
             }
         }
     };
-    large.par_chunks_mut(to.len() / to.batch).enumerate().for_each(|(image, large)| {
-        let at = image * large.len();
-        let cut = |values: Option<&'_ [f32]>| values.map(|v| v[at..at + large.len()].to_vec());
-        let (mask, residual) = (cut(finish.mask), cut(finish.residual));
-        let mut products = vec![0.; one.pixels() * columns];
-        multiply(image, &mut products);
+    // With dilation 1, the taps of a kernel's row fall on pixels side by side.
+    let run = if dilation == 1 { kernel.1 } else { 1 };
+    let products = || vec![0.; one.pixels() * columns];
+    let images = large.par_chunks_mut(to.len() / to.batch).enumerate();
+    images.for_each_init(products, |products, (image, large)| {
+        let at = image * large.len()..(image + 1) * large.len();
+        let mask = finish.mask.map(|mask| &mask[at.clone()]);
+        let residual = finish.residual.map(|residual| &residual[at]);
+        multiply(image, products);
         match finish.bias {
             Some(bias) => large.chunks_mut(to.channels).for_each(|p| p.copy_from_slice(bias)),
             None => large.fill(0.),
         }
         for (pixel, products) in products.chunks(columns).enumerate() {
             let (y, x) = (pixel / from.width * stride, pixel % from.width * stride);
-            for (tap, values) in products.chunks(to.channels).enumerate() {
-                let row = y + tap / kernel.1 * dilation;
-                let column = x + tap % kernel.1 * dilation;
-                if row < padding || column < padding {
+            for (index, values) in products.chunks(run * to.channels).enumerate() {
+                let row = y + index * run / kernel.1 * dilation;
+                let column = x + index * run % kernel.1 * dilation;
+                if row < padding || row - padding >= to.height {
                     continue;
                 }
-                let (row, column) = (row - padding, column - padding);
-                if row < to.height && column < to.width {
-                    let to = &mut large[(row * to.width + column) * to.channels..];
-                    for (to, value) in to.iter_mut().zip(values) {
+                // The run's pixels that lie inside the image.
+                let first = padding.saturating_sub(column).min(run);
+                let end = (to.width + padding).saturating_sub(column).min(run);
+                if first < end {
+                    let at = (row - padding) * to.width + column + first - padding;
+                    let values = &values[first * to.channels..end * to.channels];
+                    for (to, value) in large[at * to.channels..].iter_mut().zip(values) {
                         *to += value;
                     }
                 }
@@ -394,7 +428,7 @@ fn scatter(
         }
         if let Some(mask) = mask {
             for (value, gate) in large.iter_mut().zip(mask) {
-                *value = if gate <= 0. { 0. } else { *value };
+                *value = if *gate <= 0. { 0. } else { *value };
             }
         }
         if let Some(residual) = residual {

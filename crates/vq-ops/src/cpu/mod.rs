@@ -3,10 +3,12 @@
 //! Every kernel splits its work by shape alone, never by the number of threads, and adds partial
 //! sums in a fixed order: the results are the same to the bit whatever the thread pool.
 
+pub(crate) mod activation;
 pub(crate) mod adamw;
 pub(crate) mod bf16;
 pub(crate) mod buffers;
 pub(crate) mod conv;
+pub(crate) mod elements;
 pub(crate) mod nearest;
 pub(crate) mod pack;
 pub(crate) mod tile;
@@ -20,22 +22,22 @@ mod tests;
 
 /// A pointer that tasks on several threads write through, each to its own elements.
 #[derive(Clone, Copy)]
-pub(crate) struct SharedMut(*mut f32);
+pub(crate) struct SharedMut<T = f32>(*mut T);
 
 // SAFETY: whoever dereferences the pointer promises (at its `unsafe` block) that no two tasks touch
 // the same element.
 #[allow(unsafe_code)]
-unsafe impl Send for SharedMut {}
+unsafe impl<T> Send for SharedMut<T> {}
 // SAFETY: as above.
 #[allow(unsafe_code)]
-unsafe impl Sync for SharedMut {}
+unsafe impl<T> Sync for SharedMut<T> {}
 
-impl SharedMut {
-    pub(crate) fn new(slice: &mut [f32]) -> Self {
+impl<T: Copy> SharedMut<T> {
+    pub(crate) fn new(slice: &mut [T]) -> Self {
         Self(slice.as_mut_ptr())
     }
 
-    pub(crate) fn get(self) -> *mut f32 {
+    pub(crate) fn get(self) -> *mut T {
         self.0
     }
 }

@@ -3,8 +3,11 @@
 use proptest::prelude::*;
 
 use super::bf16;
+use super::bf16::Narrow;
+use super::bf16::kernels::round;
 use super::buffers::Buffers;
 use super::conv::{Finish, Geometry, large_to_small, small_to_large};
+use super::elements::{Elements, Output};
 use super::nearest::{NotFinite, nearest, statistics};
 use super::pack::Images;
 use super::tile::{FORCED, available};
@@ -139,7 +142,11 @@ fn check_geometry(g: &Geometry, relu_on: bool, finish_on: bool) {
     on_every_cpu_with(g.precision, |cpu| {
         let finish = |bias, mask, residual| {
             if finish_on {
-                Finish { bias: Some(bias), mask: Some(mask), residual: Some(residual) }
+                Finish {
+                    bias: Some(bias),
+                    mask: Some(Elements::F32(mask)),
+                    residual: Some(residual),
+                }
             } else {
                 Finish::default()
             }
@@ -147,16 +154,45 @@ fn check_geometry(g: &Geometry, relu_on: bool, finish_on: bool) {
         // Whatever was in the output before must not matter.
         let mut out = vec![f32::NAN; small.len()];
         let end = finish(&small_bias[..], &small_mask[..], &small_more[..]);
-        large_to_small(g, &large, relu_on, &weight, end, &Buffers::default(), &mut out);
+        let (x, buffers) = (Elements::F32(&large), Buffers::default());
+        large_to_small(g, x, relu_on, &weight, end, &buffers, Output::F32(&mut out));
         assert_close(&out, &to_small, allowed[0], &format!("{cpu} large_to_small {g:?}"));
         let mut out = vec![f32::NAN; large.len()];
         let end = finish(&large_bias[..], &large_mask[..], &large_more[..]);
-        small_to_large(g, &small, relu_on, &weight, end, &Buffers::default(), &mut out);
+        let x = Elements::F32(&small);
+        small_to_large(g, x, relu_on, &weight, end, &buffers, Output::F32(&mut out));
         assert_close(&out, &to_large, allowed[1], &format!("{cpu} small_to_large {g:?}"));
+        // Rounded before instead of now, and given rounded as well: the same to the bit.
+        let halves = |values: &[f32], relu| {
+            let clamp = |v: &f32| if relu && *v <= 0. { 0. } else { *v };
+            values.iter().map(|v| round(clamp(v))).collect::<Vec<u16>>()
+        };
+        if g.precision == Precision::Bf16 {
+            let mask = halves(&large_mask, true);
+            let end = Finish { mask: end.mask.map(|_| Elements::Bf16(&mask)), ..end };
+            let x = halves(&small, relu_on);
+            let mut also = vec![f32::NAN; large.len()];
+            let mut to = Narrow::left_over(large.len(), &buffers);
+            let both = Output::Bf16 { to: &mut to, relu: finish_on, also: Some(&mut also) };
+            small_to_large(g, Elements::Bf16(&x), relu_on, &weight, end, &buffers, both);
+            assert_eq!(also, out, "{cpu} small_to_large from bf16 {g:?}");
+            assert_eq!(to.halves(), halves(&out, finish_on), "{cpu} small_to_large to bf16 {g:?}");
+            let mut to = Narrow::left_over(large.len(), &buffers);
+            let one = Output::Bf16 { to: &mut to, relu: finish_on, also: None };
+            small_to_large(g, Elements::Bf16(&x), relu_on, &weight, end, &buffers, one);
+            assert_eq!(to.halves(), halves(&out, finish_on), "{cpu} small_to_large to bf16 {g:?}");
+        }
         let mut out = vec![f32::NAN; weight.len()];
-        let ends = ((&large[..], relu_on), (&small[..], relu_on));
+        let ends = ((Elements::F32(&large), relu_on), (Elements::F32(&small), relu_on));
         weight_gradient(g, ends.0, ends.1, &Buffers::default(), &mut out);
         assert_close(&out, &of_weight, allowed[2], &format!("{cpu} weight_gradient {g:?}"));
+        if g.precision == Precision::Bf16 {
+            let (large, small) = (halves(&large, relu_on), halves(&small, relu_on));
+            let ends = ((Elements::Bf16(&large), relu_on), (Elements::Bf16(&small), relu_on));
+            let mut again = vec![f32::NAN; weight.len()];
+            weight_gradient(g, ends.0, ends.1, &Buffers::default(), &mut again);
+            assert_eq!(again, out, "{cpu} weight_gradient from bf16 {g:?}");
+        }
     });
 }
 
@@ -282,31 +318,18 @@ fn check_thread_counts(precision: Precision) {
     let run = |threads| {
         let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         pool.install(|| {
+            let buffers = Buffers::default();
+            let (x, y) = (Elements::F32(&large), Elements::F32(&small));
             let mut a = vec![0.; small.len()];
-            large_to_small(
-                &g,
-                &large,
-                true,
-                &weight,
-                Finish::default(),
-                &Buffers::default(),
-                &mut a,
-            );
+            let to = Output::F32(&mut a);
+            large_to_small(&g, x, true, &weight, Finish::default(), &buffers, to);
             let mut b = vec![0.; large.len()];
-            small_to_large(
-                &g,
-                &small,
-                true,
-                &weight,
-                Finish::default(),
-                &Buffers::default(),
-                &mut b,
-            );
+            let to = Output::F32(&mut b);
+            small_to_large(&g, y, true, &weight, Finish::default(), &buffers, to);
             let mut c = vec![0.; weight.len()];
-            let ends = ((&large[..], false), (&small[..], false));
-            weight_gradient(&g, ends.0, ends.1, &Buffers::default(), &mut c);
+            weight_gradient(&g, (x, false), (y, false), &buffers, &mut c);
             let mut d = vec![0.; g.small.channels];
-            column_sums(&small, g.small.channels, &mut d);
+            column_sums(y, g.small.channels, &mut d);
             let codes = nearest(&small, &codebook, 64).unwrap();
             let sums = statistics(&small, &codes, 64, 700);
             let bits = |v: Vec<f32>| v.into_iter().map(f32::to_bits).collect::<Vec<u32>>();

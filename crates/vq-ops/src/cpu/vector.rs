@@ -1,5 +1,8 @@
 //! One register of f32 lanes, for each instruction set that we write for.
 
+use super::bf16::kernels::round;
+use super::bf16::widen;
+
 /// Lanes of f32 that are worked on at once.
 ///
 /// # Safety
@@ -19,6 +22,11 @@ pub(crate) trait Vector: Copy {
     unsafe fn load_low_halves(from: *const u32) -> Self;
     /// The upper halves of `LANES` words, as bfloat16.
     unsafe fn load_high_halves(from: *const u32) -> Self;
+    /// The first `count` (at most `LANES`) elements from `from`, bfloat16; zeros behind them.
+    unsafe fn load_halves(from: *const u16, count: usize) -> Self;
+    /// The first `count` (at most `LANES`) lanes to `to`, rounded to bfloat16 by
+    /// [`super::bf16::kernels::round`].
+    unsafe fn store_halves(self, to: *mut u16, count: usize);
     /// `LANES` elements to `to`.
     unsafe fn store(self, to: *mut f32);
     /// The first `count` (at most `LANES`) lanes to `to`.
@@ -80,6 +88,34 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn load_halves(from: *const u16, count: usize) -> Self {
+            unsafe {
+                let halves = _mm256_loadu_si256(whole::<16, u16>(from, count, &mut [0; 16]).cast());
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store_halves(self, to: *mut u16, count: usize) {
+            unsafe {
+                let bits = _mm512_castps_si512(self);
+                let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                let rounded =
+                    _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+                let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(self, self);
+                let quiet = _mm512_set1_epi32(0x0040_0000);
+                let rounded = _mm512_mask_or_epi32(rounded, nan, bits, quiet);
+                let halves = _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded));
+                if count >= 16 {
+                    _mm256_storeu_si256(to.cast(), halves);
+                } else {
+                    let all: [u16; 16] = std::mem::transmute(halves);
+                    to.copy_from_nonoverlapping(all.as_ptr(), count);
+                }
+            }
+        }
+
+        #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
             unsafe { _mm512_storeu_ps(to, self) }
         }
@@ -131,6 +167,20 @@ mod x86 {
         }
     }
 
+    /// `from` itself if `N` elements may be read there, else their copy with zeros behind the `count`-th.
+    #[inline(always)]
+    unsafe fn whole<const N: usize, T>(
+        from: *const T,
+        count: usize,
+        copy: &mut [T; N],
+    ) -> *const T {
+        if count >= N {
+            return from;
+        }
+        unsafe { copy.as_mut_ptr().copy_from_nonoverlapping(from, count) };
+        copy.as_ptr()
+    }
+
     #[inline(always)]
     fn mask16(count: usize) -> __mmask16 {
         if count >= 16 { !0 } else { (1 << count) - 1 }
@@ -164,6 +214,37 @@ mod x86 {
             unsafe {
                 let mask = _mm256_set1_epi32(-0x1_0000);
                 _mm256_castsi256_ps(_mm256_and_si256(mask, _mm256_loadu_si256(from.cast())))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn load_halves(from: *const u16, count: usize) -> Self {
+            unsafe {
+                let halves = _mm_loadu_si128(whole::<8, u16>(from, count, &mut [0; 8]).cast());
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store_halves(self, to: *mut u16, count: usize) {
+            unsafe {
+                let bits = _mm256_castps_si256(self);
+                let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                let rounded =
+                    _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF)));
+                let nan = _mm256_cmp_ps::<_CMP_UNORD_Q>(self, self);
+                let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x0040_0000));
+                let rounded =
+                    _mm256_blendv_ps(_mm256_castsi256_ps(rounded), _mm256_castsi256_ps(quiet), nan);
+                let words = _mm256_srli_epi32::<16>(_mm256_castps_si256(rounded));
+                let packed = _mm256_packus_epi32(words, words);
+                let halves = _mm256_castsi256_si128(_mm256_permute4x64_epi64::<0b1000>(packed));
+                if count >= 8 {
+                    _mm_storeu_si128(to.cast(), halves);
+                } else {
+                    let all: [u16; 8] = std::mem::transmute(halves);
+                    to.copy_from_nonoverlapping(all.as_ptr(), count);
+                }
             }
         }
 
@@ -257,6 +338,22 @@ impl Vector for Portable {
     unsafe fn load_high_halves(from: *const u32) -> Self {
         let words = unsafe { from.cast::<[u32; 8]>().read_unaligned() };
         Self(words.map(|word| f32::from_bits(word & 0xFFFF_0000)))
+    }
+
+    #[inline(always)]
+    unsafe fn load_halves(from: *const u16, count: usize) -> Self {
+        let mut lanes = [0.; 8];
+        for (i, lane) in lanes.iter_mut().enumerate().take(count) {
+            *lane = widen(unsafe { *from.add(i) });
+        }
+        Self(lanes)
+    }
+
+    #[inline(always)]
+    unsafe fn store_halves(self, to: *mut u16, count: usize) {
+        for (i, lane) in self.0.iter().enumerate().take(count) {
+            unsafe { *to.add(i) = round(*lane) };
+        }
     }
 
     #[inline(always)]

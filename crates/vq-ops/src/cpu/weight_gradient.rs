@@ -2,8 +2,10 @@
 
 use rayon::prelude::*;
 
+use super::bf16::Rounded;
 use super::buffers::Buffers;
 use super::conv::{Geometry, with_scratch};
+use super::elements::Elements;
 use super::pack::{Axes, DepthAxis};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
 use super::winograd::{self, Plan};
@@ -22,18 +24,26 @@ const PARTS: usize = 32;
 /// one `small` is the input and `large` the output's gradient.
 pub(crate) fn weight_gradient(
     geometry: &Geometry,
-    large: (&[f32], /* relu */ bool),
-    small: (&[f32], /* relu */ bool),
+    large: (Elements<'_>, /* relu */ bool),
+    small: (Elements<'_>, /* relu */ bool),
     buffers: &Buffers,
     gradient: &mut [f32],
 ) {
     let patches = geometry.patches(large.1);
     if geometry.precision == Precision::Bf16 {
+        let [large, small] = [large, small].map(|(x, relu)| Rounded::new(x, relu, buffers));
         bf16::weight_gradient::weight_gradient(
-            geometry, &patches, large.0, small, buffers, gradient,
+            geometry,
+            &patches,
+            large.halves(),
+            small.halves(),
+            buffers,
+            gradient,
         );
         return;
     }
+    let large = (&*large.0.widen(), large.1);
+    let small = (&*small.0.widen(), small.1);
     let kernels = kernels();
     if let Some(plan) = Plan::new(&patches, geometry.small.channels, kernels.lanes) {
         let axes = Axes::new(geometry.weight_shape(), DepthAxis::Inner);
@@ -86,7 +96,19 @@ pub(crate) fn weight_gradient(
 }
 
 /// Sums of each column: `[M, columns]` → `[columns]`, a bias's gradient.
-pub(crate) fn column_sums(values: &[f32], columns: usize, sums: &mut [f32]) {
+pub(crate) fn column_sums(values: Elements<'_>, columns: usize, sums: &mut [f32]) {
+    match values {
+        Elements::F32(values) => sum_columns(values, |value| value, columns, sums),
+        Elements::Bf16(values) => sum_columns(values, bf16::widen, columns, sums),
+    }
+}
+
+fn sum_columns<T: Copy + Sync>(
+    values: &[T],
+    to_f32: impl Fn(T) -> f32 + Sync,
+    columns: usize,
+    sums: &mut [f32],
+) {
     const ROWS: usize = 1024;
     let partial: Vec<Vec<f32>> = values
         .par_chunks(ROWS * columns)
@@ -94,7 +116,7 @@ pub(crate) fn column_sums(values: &[f32], columns: usize, sums: &mut [f32]) {
             let mut sums = vec![0.; columns];
             for row in rows.chunks_exact(columns) {
                 for (sum, value) in sums.iter_mut().zip(row) {
-                    *sum += value;
+                    *sum += to_f32(*value);
                 }
             }
             sums

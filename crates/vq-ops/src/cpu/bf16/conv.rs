@@ -1,12 +1,15 @@
 //! A patch convolution in bfloat16.
 
+use std::ptr::{null, null_mut};
+
 use rayon::prelude::*;
 
 use super::kernels::{PANEL, Product, STEP, Store, kernels, round};
-use super::{LINE, Narrow, copy, halves, with_words, words};
+use super::{LINE, copy, halves, with_words, words};
 use crate::cpu::SharedMut;
 use crate::cpu::buffers::Buffers;
 use crate::cpu::conv::{Finish, Target};
+use crate::cpu::elements::{Elements, Output};
 use crate::cpu::pack::{Axes, Patches, Place, Tap};
 
 /// Patches that a task gathers and multiplies at a time.
@@ -16,24 +19,47 @@ const BLOCK: usize = 64;
 #[allow(clippy::too_many_arguments)]
 pub(crate) fn multiply(
     patches: &Patches,
-    x: &Narrow,
+    x: &[u16],
     weight: &[f32],
     axes: Axes,
-    finish: Finish<'_>,
+    finish: Finish<'_, Elements<'_>>,
     target: Target,
     buffers: &Buffers,
-    out: &mut [f32],
+    sink: Sink,
 ) {
     let length = panels_len(patches.depth(), axes.columns);
     let mut memory = buffers.take(length + LINE);
     let panels = words(&mut memory, length);
     weight_panels(weight, axes, &patches.taps, panels);
-    let job = PatchProduct { patches, x: x.halves(), panels, finish, target };
-    let (rows, out) = (patches.rows(), SharedMut::new(out));
+    let job = PatchProduct { patches, x, panels, finish, target };
+    let rows = patches.rows();
     (0..rows.div_ceil(BLOCK)).into_par_iter().for_each(|block| {
         let first = block * BLOCK;
-        job.rows(first..(first + BLOCK).min(rows), out);
+        job.rows(first..(first + BLOCK).min(rows), sink);
     });
+}
+
+/// An [`Output`] that several tasks write, each its own elements.
+#[derive(Clone, Copy)]
+pub(crate) struct Sink {
+    values: Option<SharedMut<f32>>,
+    halves: Option<SharedMut<u16>>,
+    /// Whether a ReLU comes before the rounding.
+    relu: bool,
+}
+
+impl Sink {
+    /// The output must outlive all tasks.
+    pub(crate) fn new(out: Output<'_>) -> Self {
+        match out {
+            Output::F32(to) => Self { values: Some(SharedMut::new(to)), halves: None, relu: false },
+            Output::Bf16 { to, relu, also } => Self {
+                values: also.map(SharedMut::new),
+                halves: Some(SharedMut::new(to.halves_mut())),
+                relu,
+            },
+        }
+    }
 }
 
 /// Patches times a weight that was cut into panels.
@@ -43,19 +69,19 @@ pub(crate) struct PatchProduct<'a> {
     pub x: &'a [u16],
     /// By [`weight_panels`].
     pub panels: &'a [u32],
-    pub finish: Finish<'a>,
+    pub finish: Finish<'a, Elements<'a>>,
     pub target: Target,
 }
 
 impl PatchProduct<'_> {
     /// All columns of some rows. No two tasks may take the same row.
-    pub(crate) fn rows(&self, rows: std::ops::Range<usize>, out: SharedMut) {
+    pub(crate) fn rows(&self, rows: std::ops::Range<usize>, sink: Sink) {
         for first in rows.clone().step_by(BLOCK) {
-            self.block(first..(first + BLOCK).min(rows.end), out);
+            self.block(first..(first + BLOCK).min(rows.end), sink);
         }
     }
 
-    fn block(&self, rows: std::ops::Range<usize>, out: SharedMut) {
+    fn block(&self, rows: std::ops::Range<usize>, sink: Sink) {
         let kernels = kernels();
         let (depth, columns) = (self.patches.depth(), self.target.channels());
         let pairs = padded_pairs(depth);
@@ -72,7 +98,7 @@ impl PatchProduct<'_> {
             gather(self.patches, self.x, rows.clone(), gathered, a_step);
             let sums = sums.as_mut_ptr().cast::<f32>();
             // SAFETY: the kernels fit this CPU. `gathered` holds the rows of the block, and as many
-            // more as a product may read; the panels are `pairs` deep; the block's rows of `out` are
+            // more as a product may read; the panels are `pairs` deep; the block's rows of the sink are
             // written by this task alone.
             #[allow(unsafe_code)]
             unsafe {
@@ -91,17 +117,25 @@ impl PatchProduct<'_> {
                             c_step: PANEL,
                             accumulate: false,
                         });
+                        let (mask, mask_halves) = match self.finish.mask {
+                            None => (null(), null()),
+                            Some(Elements::F32(mask)) => (mask[first..].as_ptr(), null()),
+                            Some(Elements::Bf16(mask)) => (null(), mask[first..].as_ptr()),
+                        };
                         let from = |values: Option<&[f32]>| {
-                            values.map_or(std::ptr::null(), |values| values[first..].as_ptr())
+                            values.map_or(null(), |values| values[first..].as_ptr())
                         };
                         (kernels.store)(&Store {
                             from: sums,
-                            to: out.get().wrapping_add(first),
+                            values: sink.values.map_or(null_mut(), |to| to.get().add(first)),
+                            halves: sink.halves.map_or(null_mut(), |to| to.get().add(first)),
+                            relu: sink.relu,
                             rows: offsets[row..].as_ptr(),
                             count,
                             columns: PANEL.min(columns - first),
                             bias: from(self.finish.bias),
-                            mask: from(self.finish.mask),
+                            mask,
+                            mask_halves,
                             residual: from(self.finish.residual),
                         });
                     }

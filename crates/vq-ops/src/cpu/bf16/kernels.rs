@@ -9,6 +9,9 @@ pub(crate) const PANEL: usize = 32;
 /// Depths are filled up to a multiple of that many pairs.
 pub(crate) const STEP: usize = 16;
 
+/// Words along each side of what is transposed at a time.
+pub(crate) const SQUARE: usize = 16;
+
 /// One product: `c[i·c_step + j] (+)= Σ_p a(i, p) · b[p][j]`, each term the sum over a pair.
 pub(crate) struct Product {
     /// At most [`Kernels::rows`].
@@ -34,9 +37,13 @@ pub(crate) struct Product {
 pub(crate) struct Store {
     /// `[rows][PANEL]`.
     pub from: *const f32,
-    /// Result.
-    pub to: *mut f32,
-    /// Where each row begins in `to`, `mask` and `residual`.
+    /// Result. May be null.
+    pub values: *mut f32,
+    /// Result, rounded to bfloat16. May be null.
+    pub halves: *mut u16,
+    /// Whether a ReLU comes before the rounding.
+    pub relu: bool,
+    /// Where each row begins in all that is as large as the result.
     pub rows: *const usize,
     /// Number of rows.
     pub count: usize,
@@ -46,6 +53,8 @@ pub(crate) struct Store {
     pub bias: *const f32,
     /// Where it is not above zero the sum becomes zero. May be null.
     pub mask: *const f32,
+    /// The same in bfloat16. May be null.
+    pub mask_halves: *const u16,
     /// Added last. May be null.
     pub residual: *const f32,
 }
@@ -66,11 +75,23 @@ pub(crate) struct Kernels {
     pub narrow: [unsafe fn(*const f32, *mut u16, usize); 2],
     /// `to[i] = low[i] | high[i] << 16` for `count` elements.
     pub pair: unsafe fn(*const u16, *const u16, *mut u32, usize),
+    /// See [`Transpose`].
+    pub transpose: Transpose,
     /// Whether the CPU has instructions for it.
     pub native: bool,
     /// Name of the instruction set, as in `VQ_CPU`.
     pub name: &'static str,
 }
+
+/// From rows to columns of pairs: `to[c · to_step + p] = from[2p · step + c] | from[(2p + 1) · step + c]
+/// << 16`, for [`SQUARE`] pairs of rows and as many columns as the last argument says. All [`SQUARE`]
+/// columns are read.
+///
+/// # Safety
+/// `from` covers `2 · SQUARE` rows of [`SQUARE`] halves, `step` apart, and `to` a row of [`SQUARE`] words for
+/// each column, `to_step` apart; the CPU has the instruction set.
+type Transpose =
+    unsafe fn(from: *const u16, step: usize, to: *mut u32, to_step: usize, columns: usize);
 
 /// The best kernels for this CPU. `VQ_CPU=avx512bf16`, `avx512`, `avx2` or `portable` asks for less,
 /// for comparisons.
@@ -149,6 +170,22 @@ unsafe fn pair(low: *const u16, high: *const u16, to: *mut u32, count: usize) {
     }
 }
 
+/// # Safety
+/// As [`Transpose`].
+#[allow(unsafe_code)]
+unsafe fn transpose(from: *const u16, step: usize, to: *mut u32, to_step: usize, columns: usize) {
+    for column in 0..columns {
+        for pair in 0..SQUARE {
+            // SAFETY: the caller's promise.
+            unsafe {
+                let low = *from.add(2 * pair * step + column);
+                let high = *from.add((2 * pair + 1) * step + column);
+                *to.add(column * to_step + pair) = u32::from(low) | u32::from(high) << 16;
+            }
+        }
+    }
+}
+
 /// A product in f32, whose factors are widened as they are read: exact products, sums in f32.
 ///
 /// # Safety
@@ -198,13 +235,22 @@ unsafe fn store<V: Vector>(job: &Store) {
                 if !job.mask.is_null() {
                     value = value.where_positive(fetch(job.mask.add(at)));
                 }
+                if !job.mask_halves.is_null() {
+                    value = value.where_positive(V::load_halves(job.mask_halves.add(at), count));
+                }
                 if !job.residual.is_null() {
                     value = value.add(fetch(job.residual.add(at)));
                 }
-                if whole {
-                    value.store(job.to.add(at));
-                } else {
-                    value.store_partial(job.to.add(at), count);
+                if !job.values.is_null() {
+                    if whole {
+                        value.store(job.values.add(at));
+                    } else {
+                        value.store_partial(job.values.add(at), count);
+                    }
+                }
+                if !job.halves.is_null() {
+                    let value = if job.relu { value.where_positive(value) } else { value };
+                    value.store_halves(job.halves.add(at), count);
                 }
             }
         }
@@ -260,6 +306,7 @@ macro_rules! emulated_kernels {
             store: $module::store,
             narrow: [$module::narrow::<false>, $module::narrow::<true>],
             pair: $module::pair,
+            transpose,
             native: false,
             name: $name,
         };
@@ -280,6 +327,7 @@ static AMX: Kernels = Kernels {
 #[cfg(target_arch = "x86_64")]
 static AVX512_BF16: Kernels = Kernels {
     product: dot::product,
+    transpose: dot::transpose,
     narrow: [dot::narrow::<false>, dot::narrow::<true>],
     native: true,
     name: "avx512bf16",
@@ -354,6 +402,53 @@ mod dot {
                 }
                 let halves: __m256i = std::mem::transmute(_mm512_cvtneps_pbh(value));
                 _mm256_mask_storeu_epi16(to.add(first).cast(), lanes, halves);
+            }
+        }
+    }
+
+    /// # Safety
+    /// As [`super::Transpose`].
+    #[target_feature(enable = "avx512f")]
+    pub(super) unsafe fn transpose(
+        from: *const u16,
+        step: usize,
+        to: *mut u32,
+        to_step: usize,
+        columns: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut rows = [_mm512_setzero_si512(); 16];
+            for (i, row) in rows.iter_mut().enumerate() {
+                let half =
+                    |i: usize| _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.add(i * step).cast()));
+                *row = _mm512_or_si512(half(2 * i), _mm512_slli_epi32::<16>(half(2 * i + 1)));
+            }
+            // Afterwards, quarter q of `mixed[4i + j]` is column 4q + j of the rows 4i to 4i + 3.
+            let mut mixed = [_mm512_setzero_si512(); 16];
+            for i in 0..4 {
+                let [a, b, c, d] = [rows[4 * i], rows[4 * i + 1], rows[4 * i + 2], rows[4 * i + 3]];
+                let (low_ab, high_ab) = (_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+                let (low_cd, high_cd) = (_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+                mixed[4 * i] = _mm512_unpacklo_epi64(low_ab, low_cd);
+                mixed[4 * i + 1] = _mm512_unpackhi_epi64(low_ab, low_cd);
+                mixed[4 * i + 2] = _mm512_unpacklo_epi64(high_ab, high_cd);
+                mixed[4 * i + 3] = _mm512_unpackhi_epi64(high_ab, high_cd);
+            }
+            let mut all = [_mm512_setzero_si512(); 16];
+            for j in 0..4 {
+                let [a, b, c, d] = [mixed[j], mixed[4 + j], mixed[8 + j], mixed[12 + j]];
+                let even = |x, y| _mm512_shuffle_i32x4::<0b10_00_10_00>(x, y);
+                let odd = |x, y| _mm512_shuffle_i32x4::<0b11_01_11_01>(x, y);
+                all[j] = even(even(a, b), even(c, d));
+                all[4 + j] = even(odd(a, b), odd(c, d));
+                all[8 + j] = odd(even(a, b), even(c, d));
+                all[12 + j] = odd(odd(a, b), odd(c, d));
+            }
+            for (i, column) in all.into_iter().enumerate() {
+                if i < columns {
+                    _mm512_storeu_si512(to.add(i * to_step).cast(), column);
+                }
             }
         }
     }

@@ -13,6 +13,7 @@ pub(crate) mod weight_gradient;
 use rayon::prelude::*;
 
 use super::buffers::{Buffer, Buffers};
+use super::elements::Elements;
 
 /// Whether this CPU has instructions for products of bfloat16.
 pub(crate) fn is_native() -> bool {
@@ -38,18 +39,38 @@ pub(crate) struct Narrow {
 impl Narrow {
     /// Rounds `values`, after a ReLU where wanted.
     pub(crate) fn new(values: &[f32], relu: bool, buffers: &Buffers) -> Self {
+        let mut narrow = Self::left_over(values.len(), buffers);
+        narrow.round(values, relu);
+        narrow
+    }
+
+    /// Elements left over from earlier use.
+    pub(crate) fn left_over(length: usize, buffers: &Buffers) -> Self {
+        Self { buffer: buffers.take(length.div_ceil(2) + LINE), length }
+    }
+
+    /// Takes over `values`, after a ReLU where wanted.
+    pub(crate) fn round(&mut self, values: &[f32], relu: bool) {
         const CHUNK: usize = 1 << 14;
-        let mut buffer = buffers.take(values.len().div_ceil(2) + LINE);
         let narrow = kernels::kernels().narrow[usize::from(relu)];
-        let to = &mut halves(words(&mut buffer, values.len().div_ceil(2)))[..values.len()];
-        to.par_chunks_mut(CHUNK).zip(values.par_chunks(CHUNK)).for_each(|(to, from)| {
+        let chunks = values.par_chunks(CHUNK);
+        self.halves_mut().par_chunks_mut(CHUNK).zip(chunks).for_each(|(to, from)| {
             // SAFETY: both have as many elements; the kernels fit this CPU.
             #[allow(unsafe_code)]
             unsafe {
                 narrow(from.as_ptr(), to.as_mut_ptr(), from.len());
             }
         });
-        Self { buffer, length: values.len() }
+    }
+
+    /// How many there are.
+    pub(crate) fn len(&self) -> usize {
+        self.length
+    }
+
+    /// The elements, to be changed.
+    pub(crate) fn halves_mut(&mut self) -> &mut [u16] {
+        &mut halves(words(&mut self.buffer, self.length.div_ceil(2)))[..self.length]
     }
 
     /// The elements.
@@ -62,6 +83,37 @@ impl Narrow {
             std::slice::from_raw_parts(part.as_ptr().cast(), self.length)
         }
     }
+}
+
+/// Elements that are rounded, or were so already.
+pub(crate) enum Rounded<'a> {
+    /// Just now.
+    Now(Narrow),
+    /// Already.
+    Before(&'a [u16]),
+}
+
+impl<'a> Rounded<'a> {
+    /// Rounds f32 elements, after a ReLU where wanted.
+    pub(crate) fn new(x: Elements<'a>, relu: bool, buffers: &Buffers) -> Self {
+        match x {
+            Elements::F32(x) => Self::Now(Narrow::new(x, relu, buffers)),
+            Elements::Bf16(x) => Self::Before(x),
+        }
+    }
+
+    /// The elements.
+    pub(crate) fn halves(&self) -> &[u16] {
+        match self {
+            Self::Now(narrow) => narrow.halves(),
+            Self::Before(halves) => halves,
+        }
+    }
+}
+
+/// A bfloat16 as an f32.
+pub(crate) fn widen(half: u16) -> f32 {
+    f32::from_bits(u32::from(half) << 16)
 }
 
 /// Words as twice as many halves, the lower one first.

@@ -2,8 +2,8 @@
 
 use rayon::prelude::*;
 
-use super::kernels::{Kernels, PANEL, Product, STEP, kernels};
-use super::{LINE, Narrow, copy, halves, with_words, words};
+use super::kernels::{Kernels, PANEL, Product, SQUARE, STEP, kernels};
+use super::{LINE, copy, halves, with_words, words};
 use crate::cpu::SharedMut;
 use crate::cpu::buffers::Buffers;
 use crate::cpu::conv::Geometry;
@@ -20,14 +20,14 @@ const STRIPE: usize = 256;
 /// About how many tasks there are.
 const TASKS: usize = 32;
 /// Pixels that are gathered before they are paired.
-const BAND: usize = 2 * STEP;
+const BAND: usize = 2 * SQUARE;
 
-/// As [`crate::cpu::weight_gradient::weight_gradient`], with both factors rounded.
+/// As [`crate::cpu::weight_gradient::weight_gradient`], with both factors rounded (after their ReLU).
 pub(crate) fn weight_gradient(
     geometry: &Geometry,
     patches: &Patches,
-    large: &[f32],
-    small: (&[f32], /* relu */ bool),
+    large: &[u16],
+    small: &[u16],
     buffers: &Buffers,
     gradient: &mut [f32],
 ) {
@@ -40,8 +40,6 @@ pub(crate) fn weight_gradient(
     let stripes = depth.div_ceil(STRIPE).max(1);
     let parts = (TASKS / stripes).clamp(2, 16).min(chunks.max(1));
 
-    let large = Narrow::new(large, patches.relu, buffers);
-    let large = large.halves();
     let mut transposed = buffers.take(chunks * height * CHANNEL_STEP + LINE);
     let transposed = words(&mut transposed, chunks * height * CHANNEL_STEP);
     transposed.par_chunks_mut((height * CHANNEL_STEP).max(1)).enumerate().for_each(
@@ -99,7 +97,7 @@ pub(crate) fn weight_gradient(
 /// last pixel, and in rows beyond the channels.
 fn transpose(
     kernels: &Kernels,
-    small: (&[f32], bool),
+    small: &[u16],
     pixels: std::ops::Range<usize>,
     channels: usize,
     to: &mut [u32],
@@ -107,38 +105,27 @@ fn transpose(
     if pixels.len() < CHUNK || to.len() > channels * CHANNEL_STEP {
         to.fill(0);
     }
-    let narrow = kernels.narrow[usize::from(small.1)];
-    with_words(BAND * channels, |band| {
-        let (rows, pairs) = band.split_at_mut(BAND * channels / 2);
-        let rows = halves(rows);
-        for start in pixels.clone().step_by(BAND) {
-            let count = BAND.min(pixels.end - start);
-            let from = &small.0[start * channels..(start + count) * channels];
-            // SAFETY: both hold `from.len()` elements; the kernels fit this CPU.
+    let mut last = [0; BAND * SQUARE];
+    for start in pixels.clone().step_by(BAND) {
+        for channel in (0..channels).step_by(SQUARE) {
+            let (rows, columns) = (BAND.min(pixels.end - start), SQUARE.min(channels - channel));
+            let mut from = &small[start * channels + channel..];
+            let mut step = channels;
+            if rows < BAND || columns < SQUARE {
+                last.fill(0);
+                for (to, from) in last.chunks_mut(SQUARE).zip(from.chunks(channels)).take(rows) {
+                    to[..columns].copy_from_slice(&from[..columns]);
+                }
+                (from, step) = (&last, SQUARE);
+            }
+            let first = channel * CHANNEL_STEP + (start - pixels.start) / 2;
+            let to = &mut to[first..];
+            // SAFETY: `from` holds BAND rows of SQUARE halves at that distance, and `to` a row of
+            // SQUARE words for each of the columns; the kernels fit this CPU.
             #[allow(unsafe_code)]
             unsafe {
-                narrow(from.as_ptr(), rows.as_mut_ptr(), from.len());
+                (kernels.transpose)(from.as_ptr(), step, to.as_mut_ptr(), CHANNEL_STEP, columns);
             }
-            rows[from.len()..].fill(0);
-            pair_rows(kernels, rows, channels, pairs);
-            let column = (start - pixels.start) / 2;
-            for (channel, to) in to.chunks_mut(CHANNEL_STEP).take(channels).enumerate() {
-                for (i, to) in to[column..column + BAND / 2].iter_mut().enumerate() {
-                    *to = pairs[i * channels + channel];
-                }
-            }
-        }
-    });
-}
-
-/// Every two rows of `width` halves become one of `width` words.
-fn pair_rows(kernels: &Kernels, rows: &[u16], width: usize, to: &mut [u32]) {
-    for (two, to) in rows.chunks_exact(2 * width).zip(to.chunks_exact_mut(width)) {
-        let (low, high) = two.split_at(width);
-        // SAFETY: all three have `width` elements; the kernels fit this CPU.
-        #[allow(unsafe_code)]
-        unsafe {
-            (kernels.pair)(low.as_ptr(), high.as_ptr(), to.as_mut_ptr(), width);
         }
     }
 }
