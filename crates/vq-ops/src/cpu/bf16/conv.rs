@@ -1,10 +1,11 @@
 //! A patch convolution in bfloat16.
 
+use std::ops::Range;
 use std::ptr::{null, null_mut};
 
 use rayon::prelude::*;
 
-use super::kernels::{PANEL, Product, STEP, Store, kernels, round};
+use super::kernels::{Kernels, PANEL, Product, STEP, Store, kernels, round};
 use super::{LINE, copy, halves, with_words, words};
 use crate::cpu::SharedMut;
 use crate::cpu::buffers::Buffers;
@@ -12,8 +13,13 @@ use crate::cpu::conv::{Finish, Target};
 use crate::cpu::elements::{Elements, Output};
 use crate::cpu::pack::{Axes, Patches, Place, Tap};
 
-/// Patches that a task gathers and multiplies at a time.
-const BLOCK: usize = 64;
+/// Patches that are gathered and multiplied at a time: a tile of the widest kernels.
+const BLOCK: usize = 32;
+/// Blocks of a task.
+const BLOCKS: usize = 4;
+/// Pairs that are gathered and multiplied at a time, at most: the block's patches, their sums and two tiles of
+/// the weight stay in the first-level cache. An even number of cache lines.
+const DEPTH: usize = 12 * LINE;
 
 /// The product of patches and a weight, finished and stored; see [`crate::cpu::conv`].
 #[allow(clippy::too_many_arguments)]
@@ -33,9 +39,9 @@ pub(crate) fn multiply(
     weight_panels(weight, axes, &patches.taps, panels);
     let job = PatchProduct { patches, x, panels, finish, target };
     let rows = patches.rows();
-    (0..rows.div_ceil(BLOCK)).into_par_iter().for_each(|block| {
-        let first = block * BLOCK;
-        job.rows(first..(first + BLOCK).min(rows), sink);
+    (0..rows.div_ceil(BLOCKS * BLOCK)).into_par_iter().for_each(|task| {
+        let first = task * BLOCKS * BLOCK;
+        job.rows(first..(first + BLOCKS * BLOCK).min(rows), sink);
     });
 }
 
@@ -75,85 +81,126 @@ pub(crate) struct PatchProduct<'a> {
 
 impl PatchProduct<'_> {
     /// All columns of some rows. No two tasks may take the same row.
-    pub(crate) fn rows(&self, rows: std::ops::Range<usize>, sink: Sink) {
+    pub(crate) fn rows(&self, rows: Range<usize>, sink: Sink) {
         for first in rows.clone().step_by(BLOCK) {
             self.block(first..(first + BLOCK).min(rows.end), sink);
         }
     }
 
-    fn block(&self, rows: std::ops::Range<usize>, sink: Sink) {
+    fn block(&self, rows: Range<usize>, sink: Sink) {
         let kernels = kernels();
-        let (depth, columns) = (self.patches.depth(), self.target.channels());
-        let pairs = padded_pairs(depth);
-        let a_step = pairs + LINE * usize::from((pairs / LINE).is_multiple_of(2));
+        let columns = self.target.channels();
+        let pairs = padded_pairs(self.patches.depth());
+        // A depth without taps still stores bias and residual.
+        let pieces = pairs.div_ceil(DEPTH).max(1);
+        let cut = |piece: usize| pairs / STEP * piece / pieces * STEP;
+        let a_step = DEPTH + LINE;
         let mut offsets = [0usize; BLOCK];
         let mut place = Place::at(rows.start, self.patches.grid);
         for offset in offsets.iter_mut().take(rows.len()) {
             *offset = self.target.offset(place);
             place.next(self.patches.grid);
         }
-        let tile = kernels.rows * PANEL;
-        with_words((BLOCK + kernels.rows) * a_step + tile, |scratch| {
-            let (sums, gathered) = scratch.split_at_mut(tile);
-            gather(self.patches, self.x, rows.clone(), gathered, a_step);
+        // Rows that a product may read and write: it works on whole tiles.
+        let height = BLOCK.next_multiple_of(kernels.rows);
+        let sums = height * columns.next_multiple_of(PANEL);
+        with_words(height * a_step + sums, |scratch| {
+            let (gathered, sums) = scratch.split_at_mut(height * a_step);
             let sums = sums.as_mut_ptr().cast::<f32>();
-            // SAFETY: the kernels fit this CPU. `gathered` holds the rows of the block, and as many
-            // more as a product may read; the panels are `pairs` deep; the block's rows of the sink are
-            // written by this task alone.
+            // SAFETY: gives back what it takes below.
             #[allow(unsafe_code)]
             unsafe {
                 (kernels.enter)();
+            }
+            for piece in 0..pieces {
+                let (start, end) = (cut(piece), cut(piece + 1));
+                self.gather(rows.clone(), start..end, gathered, a_step);
                 for first in (0..columns).step_by(PANEL) {
-                    let b = self.panels[first * pairs..].as_ptr();
                     for row in (0..rows.len()).step_by(kernels.rows) {
                         let count = kernels.rows.min(rows.len() - row);
-                        (kernels.product)(&Product {
-                            rows: count,
-                            pairs,
-                            a: gathered[row * a_step..].as_ptr(),
-                            a_step,
-                            b,
-                            c: sums,
-                            c_step: PANEL,
-                            accumulate: false,
-                        });
-                        let (mask, mask_halves) = match self.finish.mask {
-                            None => (null(), null()),
-                            Some(Elements::F32(mask)) => (mask[first..].as_ptr(), null()),
-                            Some(Elements::Bf16(mask)) => (null(), mask[first..].as_ptr()),
-                        };
-                        let from = |values: Option<&[f32]>| {
-                            values.map_or(null(), |values| values[first..].as_ptr())
-                        };
-                        (kernels.store)(&Store {
-                            from: sums,
-                            values: sink.values.map_or(null_mut(), |to| to.get().add(first)),
-                            halves: sink.halves.map_or(null_mut(), |to| to.get().add(first)),
-                            relu: sink.relu,
-                            rows: offsets[row..].as_ptr(),
-                            count,
-                            columns: PANEL.min(columns - first),
-                            bias: from(self.finish.bias),
-                            mask,
-                            mask_halves,
-                            residual: from(self.finish.residual),
-                        });
+                        let c = sums.wrapping_add(first * height + row * PANEL);
+                        // SAFETY: the kernels fit this CPU. `gathered` and `sums` hold the rows of
+                        // the block, and as many more as a product may touch; the panels are `pairs`
+                        // deep; the block's rows of the sink are written by this task alone.
+                        #[allow(unsafe_code)]
+                        unsafe {
+                            (kernels.product)(&Product {
+                                rows: count,
+                                pairs: end - start,
+                                a: gathered[row * a_step..].as_ptr(),
+                                a_step,
+                                b: self.panels[first * pairs + start * PANEL..].as_ptr(),
+                                c,
+                                c_step: PANEL,
+                                accumulate: piece > 0,
+                            });
+                            if piece + 1 == pieces {
+                                self.store(kernels, c, &offsets[row..row + count], first, sink);
+                            }
+                        }
                     }
                 }
+            }
+            // SAFETY: `enter` was called on this thread.
+            #[allow(unsafe_code)]
+            unsafe {
                 (kernels.leave)();
             }
         });
     }
-}
 
-/// Copies patches to rows of pairs, `step` words apart, filled up with zeros to whole steps.
-fn gather(patches: &Patches, x: &[u16], rows: std::ops::Range<usize>, to: &mut [u32], step: usize) {
-    let depth = patches.depth();
-    let to = halves(to);
-    for row in to.chunks_mut(2 * step).take(rows.len()) {
-        row[depth..2 * padded_pairs(depth)].fill(0);
+    /// Finishes a tile: its rows go to `offsets`, its columns from `first` on.
+    ///
+    /// # Safety
+    /// `sums` holds the tile `[offsets.len()][PANEL]`; nobody else writes these elements of the sink; the
+    /// kernels fit this CPU.
+    #[allow(unsafe_code)]
+    unsafe fn store(
+        &self,
+        kernels: &Kernels,
+        sums: *const f32,
+        offsets: &[usize],
+        first: usize,
+        sink: Sink,
+    ) {
+        let (mask, mask_halves) = match self.finish.mask {
+            None => (null(), null()),
+            Some(Elements::F32(mask)) => (mask[first..].as_ptr(), null()),
+            Some(Elements::Bf16(mask)) => (null(), mask[first..].as_ptr()),
+        };
+        let from =
+            |values: Option<&[f32]>| values.map_or(null(), |values| values[first..].as_ptr());
+        // SAFETY: the caller's promise; what is as large as the result covers the same elements.
+        unsafe {
+            (kernels.store)(&Store {
+                from: sums,
+                values: sink.values.map_or(null_mut(), |to| to.get().add(first)),
+                halves: sink.halves.map_or(null_mut(), |to| to.get().add(first)),
+                relu: sink.relu,
+                rows: offsets.as_ptr(),
+                count: offsets.len(),
+                columns: PANEL.min(self.target.channels() - first),
+                bias: from(self.finish.bias),
+                mask,
+                mask_halves,
+                residual: from(self.finish.residual),
+            });
+        }
     }
-    patches.gather(&[copy; 2], x, rows, 0..depth, to, 2 * step);
+
+    /// Copies a piece of the patches, cut at those pairs, to rows `step` words apart; zeros behind the
+    /// last pair.
+    fn gather(&self, rows: Range<usize>, pairs: Range<usize>, to: &mut [u32], step: usize) {
+        let depth = self.patches.depth();
+        let piece = 2 * pairs.start..depth.min(2 * pairs.end);
+        let to = halves(to);
+        if piece.len() < 2 * pairs.len() {
+            for row in to.chunks_mut(2 * step).take(rows.len()) {
+                row[piece.len()..2 * pairs.len()].fill(0);
+            }
+        }
+        self.patches.gather(&[copy; 2], self.x, rows, piece, to, 2 * step);
+    }
 }
 
 /// Pairs that a depth takes, filled up.
