@@ -347,6 +347,12 @@ impl Convolution {
     }
 }
 
+/// Runs `work` on a thread of the pool. Its many parallel loops then find the other threads awake, and do
+/// not each hand over to the pool and wait.
+fn on_a_worker<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+    rayon::scope(|_| work())
+}
+
 impl CustomOp2 for FusedStack {
     fn name(&self) -> &'static str {
         "vq-stack"
@@ -360,7 +366,7 @@ impl CustomOp2 for FusedStack {
         theta_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let (x, theta) = (f32_elements(x, x_layout)?, f32_elements(theta, theta_layout)?);
-        let (output, saved) = self.run(x, theta, self.keep);
+        let (output, saved) = on_a_worker(|| self.run(x, theta, self.keep));
         if self.keep {
             *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
         }
@@ -378,7 +384,7 @@ impl CustomOp2 for FusedStack {
         let of_input = x.track_op();
         let (of_x, of_theta) = f32_slice(x, |x| {
             f32_slice(theta, |theta| {
-                f32_slice(&grad, |grad| self.gradients(x, theta, grad, of_input))
+                f32_slice(&grad, |grad| on_a_worker(|| self.gradients(x, theta, grad, of_input)))
             })
         })???;
         let of_x =

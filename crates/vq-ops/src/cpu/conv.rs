@@ -11,7 +11,7 @@ use super::bf16::conv::{PatchProduct, Sink};
 use super::bf16::{self, Rounded};
 use super::buffers::Buffers;
 use super::elements::{Elements, Output};
-use super::pack::{Axes, DepthAxis, Images, Patches, Place, Tap, weight_panels};
+use super::pack::{Axes, DepthAxis, Gather, Images, Patches, Place, Tap, weight_panels};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
 use super::winograd::{self, Plan};
 use crate::Precision;
@@ -295,14 +295,19 @@ impl Product<'_> {
         with_scratch(BLOCK * ROW, |gathered| {
             for chunk in 0..chunks {
                 let (start, end) = (depth * chunk / chunks, depth * (chunk + 1) / chunks);
-                self.patches.gather(
-                    &self.kernels.copy,
-                    self.x,
-                    rows.clone(),
-                    start..end,
-                    gathered,
-                    ROW,
-                );
+                let piece = Gather {
+                    patches: self.patches,
+                    x: self.x,
+                    rows: rows.clone(),
+                    depth: start..end,
+                    to: &mut *gathered,
+                    stride: ROW,
+                };
+                // SAFETY: the kernels fit this CPU.
+                #[allow(unsafe_code)]
+                unsafe {
+                    self.kernels.gather[usize::from(self.patches.relu)](piece);
+                }
                 let last = chunk + 1 == chunks;
                 for first in (0..columns).step_by(panel) {
                     let b = self.panels[first * depth + start * panel..].as_ptr();

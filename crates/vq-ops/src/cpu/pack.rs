@@ -3,6 +3,8 @@
 //! A convolution is a product of *patches* (one row per output pixel, the taps' channels side by
 //! side) and weights. Patches are gathered for a few rows at a time, never as a whole matrix.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 /// The sizes of a channels-last batch of images.
@@ -24,11 +26,11 @@ impl Images {
     }
 }
 
-/// Copies or converts that many elements.
+/// Copies that many elements.
 ///
 /// # Safety
 /// The pointers must cover them, and the CPU must have the function's instruction set.
-pub(crate) type CopyFn<S, T> = unsafe fn(*const S, *mut T, usize);
+pub(crate) type CopyFn = unsafe fn(*const f32, *mut f32, usize);
 
 /// One tap of a kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -93,55 +95,79 @@ impl Patches {
     pub(crate) fn rows(&self) -> usize {
         self.images.batch * self.grid.0 * self.grid.1
     }
+}
 
-    /// Copies elements `depth` of the patches `rows` to `to`, `stride` elements apart, by `copy[0]`,
-    /// or by `copy[1]` where ReLU is wanted; these work on slices of equal length.
-    pub(crate) fn gather<S, T: Copy + Default>(
-        &self,
-        copy: &[CopyFn<S, T>; 2],
-        x: &[S],
-        rows: std::ops::Range<usize>,
-        depth: std::ops::Range<usize>,
-        to: &mut [T],
-        stride: usize,
-    ) {
-        let Images { height, width, channels, .. } = self.images;
-        let copy = copy[usize::from(self.relu)];
-        let mut place = Place::at(rows.start, self.grid);
-        for (_, to) in rows.zip(to.chunks_mut(stride)) {
-            for run in &self.runs {
-                // This run's share of the patch, in elements from the run's start.
-                let start = run.first_tap * channels;
-                let first = depth.start.max(start) - start;
-                let end = depth.end.min(start + run.count * channels).saturating_sub(start);
-                if first >= end {
-                    continue;
-                }
-                let to = &mut to[start + first - depth.start..start + end - depth.start];
-                let y = (place.y * self.step) as isize + run.dy;
-                let x0 = (place.x * self.step) as isize + run.dx;
-                // The part of the run that lies inside the image.
-                let inside_first = (-x0).clamp(0, run.count as isize) as usize * channels;
-                let inside_end =
-                    (width as isize - x0).clamp(0, run.count as isize) as usize * channels;
-                let (from, until) = (first.max(inside_first), end.min(inside_end));
-                if y < 0 || y >= height as isize || from >= until {
-                    to.fill(T::default());
-                    continue;
-                }
-                to[..from - first].fill(T::default());
-                to[until - first..].fill(T::default());
+/// Elements `depth` of the patches `rows`, copied to `to`, a row every `stride` elements.
+pub(crate) struct Gather<'a, T> {
+    pub patches: &'a Patches,
+    pub x: &'a [T],
+    pub rows: Range<usize>,
+    pub depth: Range<usize>,
+    pub to: &'a mut [T],
+    pub stride: usize,
+}
+
+/// Does a [`Gather`].
+///
+/// # Safety
+/// The CPU must have the function's instruction set.
+pub(crate) type GatherFn<T> = unsafe fn(Gather<'_, T>);
+
+/// Does a [`Gather`] by functions that copy (or clear) as many elements as their last argument says.
+///
+/// # Safety
+/// The functions must do no more than that.
+#[inline(always)]
+#[allow(unsafe_code)]
+pub(crate) unsafe fn gather<T>(
+    job: Gather<'_, T>,
+    copy: impl Fn(*const T, *mut T, usize),
+    clear: impl Fn(*mut T, usize),
+) {
+    let Gather { patches, x, rows, depth, to, stride } = job;
+    let Images { height, width, channels, .. } = patches.images;
+    assert!(x.len() == patches.images.len() && rows.end <= patches.rows());
+    assert!(depth.end <= patches.depth() && depth.len() <= stride);
+    assert!(rows.is_empty() || (rows.len() - 1) * stride + depth.len() <= to.len());
+    for run in &patches.runs {
+        // This run's share of the patch, in elements from the run's start.
+        let start = run.first_tap * channels;
+        let first = depth.start.max(start) - start;
+        let end = depth.end.min(start + run.count * channels).saturating_sub(start);
+        if first >= end {
+            continue;
+        }
+        let mut to = to.as_mut_ptr().wrapping_add(start + first - depth.start);
+        let mut place = Place::at(rows.start, patches.grid);
+        for _ in rows.clone() {
+            let y = (place.y * patches.step) as isize + run.dy;
+            let x0 = (place.x * patches.step) as isize + run.dx;
+            // The part of the run that lies inside the image.
+            let left = (-x0).clamp(0, run.count as isize) as usize * channels;
+            let right = (width as isize - x0).clamp(0, run.count as isize) as usize * channels;
+            let (from, until) = (first.max(left), end.min(right));
+            if y < 0 || y >= height as isize || from >= until {
+                clear(to, end - first);
+            } else {
                 let row = (place.image * height + y as usize) * width;
-                let base = (row as isize + x0) * channels as isize;
-                let source = &x[(base + from as isize) as usize..(base + until as isize) as usize];
-                let to = &mut to[from - first..until - first];
-                // SAFETY: both slices have `source.len()` elements; the kernels fit this CPU.
-                #[allow(unsafe_code)]
-                unsafe {
-                    copy(source.as_ptr(), to.as_mut_ptr(), source.len());
+                let at = (row as isize + x0) * channels as isize + from as isize;
+                // Nearly always nothing.
+                if from > first {
+                    clear(to, from - first);
+                }
+                // SAFETY of what the pointers are used for: pixels x0 + from/channels to x0 + until/channels
+                // lie in a row of the image, and the asserted lengths cover every row of `to`.
+                copy(
+                    x.as_ptr().wrapping_add(at as usize),
+                    to.wrapping_add(from - first),
+                    until - from,
+                );
+                if until < end {
+                    clear(to.wrapping_add(until - first), end - until);
                 }
             }
-            place.next(self.grid);
+            to = to.wrapping_add(stride);
+            place.next(patches.grid);
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::sync::OnceLock;
 
-use super::pack::CopyFn;
+use super::pack::{CopyFn, Gather, GatherFn, gather};
 use super::vector::{Portable, Vector};
 use super::winograd_transform::{self as winograd, Filter, Transforms};
 
@@ -80,8 +80,10 @@ pub(crate) struct Kernels {
     pub lanes: usize,
     gathered: [&'static [TileFn]; 2],
     transposed: [&'static [TileFn]; 2],
-    /// `to[i] = max(from[i], 0)` (or a copy) for `count` elements.
-    pub copy: [CopyFn<f32, f32>; 2],
+    /// `to[i] = from[i]` for `count` elements, after a ReLU in the second one.
+    pub copy: [CopyFn; 2],
+    /// As they are, and after a ReLU.
+    pub gather: [GatherFn<f32>; 2],
     /// One for each number of rows.
     search: &'static [unsafe fn(&SearchTile)],
     /// The transforms of [`super::winograd`], for kernels of 2 and of 3 taps a side.
@@ -311,6 +313,21 @@ unsafe fn generic_copy<V: Vector, const RELU: bool>(from: *const f32, to: *mut f
     }
 }
 
+/// # Safety
+/// The CPU has `V`'s instruction set.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn generic_gather<V: Vector, const RELU: bool>(job: Gather<'_, f32>) {
+    // SAFETY: both functions touch what they are told to.
+    unsafe {
+        gather(
+            job,
+            |from, to, count| generic_copy::<V, RELU>(from, to, count),
+            |to, count| to.write_bytes(0, count),
+        );
+    }
+}
+
 macro_rules! kernels_for {
     ($table:ident, $module:ident, $name:literal, $vector:ty, $($feature:literal)?, rows: [$($mr:literal)*]) => {
         #[allow(unsafe_code)]
@@ -329,6 +346,12 @@ macro_rules! kernels_for {
             unsafe fn copy<const RELU: bool>(from: *const f32, to: *mut f32, count: usize) {
                 // SAFETY: as above.
                 unsafe { generic_copy::<$vector, RELU>(from, to, count) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            unsafe fn gather_patches<const RELU: bool>(job: Gather<'_, f32>) {
+                // SAFETY: as above.
+                unsafe { generic_gather::<$vector, RELU>(job) }
             }
 
             $(#[target_feature(enable = $feature)])?
@@ -384,6 +407,7 @@ macro_rules! kernels_for {
                 gathered: [&[$(run::<$mr, 1, ROW>),*], &[$(run::<$mr, 2, ROW>),*]],
                 transposed: [&[$(run::<$mr, 1, 1>),*], &[$(run::<$mr, 2, 1>),*]],
                 copy: [copy::<false>, copy::<true>],
+                gather: [gather_patches::<false>, gather_patches::<true>],
                 search: &[$(search::<$mr>),*],
                 winograd: [transforms::<winograd::TwoTaps>(), transforms::<winograd::ThreeTaps>()],
                 name: $name,

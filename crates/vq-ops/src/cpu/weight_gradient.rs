@@ -6,7 +6,7 @@ use super::bf16::Rounded;
 use super::buffers::Buffers;
 use super::conv::{Geometry, with_scratch};
 use super::elements::Elements;
-use super::pack::{Axes, DepthAxis};
+use super::pack::{Axes, DepthAxis, Gather};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
 use super::winograd::{self, Plan};
 use super::{SharedMut, bf16};
@@ -77,7 +77,19 @@ pub(crate) fn weight_gradient(
                 cut_panels(kernels, small, start..end, columns, panels);
                 for stripe in stripes.clone() {
                     let (first, last) = (bounds(stripe), bounds(stripe + 1));
-                    patches.gather(&kernels.copy, large.0, start..end, first..last, gathered, ROW);
+                    let piece = Gather {
+                        patches: &patches,
+                        x: large.0,
+                        rows: start..end,
+                        depth: first..last,
+                        to: &mut *gathered,
+                        stride: ROW,
+                    };
+                    // SAFETY: the kernels fit this CPU.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        kernels.gather[usize::from(large.1)](piece);
+                    }
                     let job = Job {
                         kernels,
                         pixels: end - start,

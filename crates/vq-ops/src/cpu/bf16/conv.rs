@@ -5,13 +5,13 @@ use std::ptr::{null, null_mut};
 
 use rayon::prelude::*;
 
-use super::kernels::{Kernels, PANEL, Product, STEP, Store, kernels, round};
-use super::{LINE, copy, halves, with_words, words};
+use super::kernels::{PANEL, Product, STEP, Store, kernels, round};
+use super::{LINE, halves, with_words, words};
 use crate::cpu::SharedMut;
 use crate::cpu::buffers::Buffers;
 use crate::cpu::conv::{Finish, Target};
 use crate::cpu::elements::{Elements, Output};
-use crate::cpu::pack::{Axes, Patches, Place, Tap};
+use crate::cpu::pack::{Axes, Gather, Patches, Place, Tap};
 
 /// Patches that are gathered and multiplied at a time: a tile of the widest kernels.
 const BLOCK: usize = 32;
@@ -118,10 +118,9 @@ impl PatchProduct<'_> {
                 for first in (0..columns).step_by(PANEL) {
                     for row in (0..rows.len()).step_by(kernels.rows) {
                         let count = kernels.rows.min(rows.len() - row);
-                        let c = sums.wrapping_add(first * height + row * PANEL);
                         // SAFETY: the kernels fit this CPU. `gathered` and `sums` hold the rows of
                         // the block, and as many more as a product may touch; the panels are `pairs`
-                        // deep; the block's rows of the sink are written by this task alone.
+                        // deep.
                         #[allow(unsafe_code)]
                         unsafe {
                             (kernels.product)(&Product {
@@ -130,62 +129,41 @@ impl PatchProduct<'_> {
                                 a: gathered[row * a_step..].as_ptr(),
                                 a_step,
                                 b: self.panels[first * pairs + start * PANEL..].as_ptr(),
-                                c,
+                                c: sums.wrapping_add(first * height + row * PANEL),
                                 c_step: PANEL,
                                 accumulate: piece > 0,
                             });
-                            if piece + 1 == pieces {
-                                self.store(kernels, c, &offsets[row..row + count], first, sink);
-                            }
                         }
                     }
                 }
             }
-            // SAFETY: `enter` was called on this thread.
+            let (mask, mask_halves) = match self.finish.mask {
+                None => (null(), null()),
+                Some(Elements::F32(mask)) => (mask.as_ptr(), null()),
+                Some(Elements::Bf16(mask)) => (null(), mask.as_ptr()),
+            };
+            let from = |values: Option<&[f32]>| values.map_or(null(), <[f32]>::as_ptr);
+            // SAFETY: as above; the block's rows of the sink are written by this task alone, and what is
+            // as large as the result covers the same elements; gives back what `enter` took.
             #[allow(unsafe_code)]
             unsafe {
+                (kernels.store)(&Store {
+                    from: sums,
+                    panel_step: height * PANEL,
+                    values: sink.values.map_or(null_mut(), SharedMut::get),
+                    halves: sink.halves.map_or(null_mut(), SharedMut::get),
+                    relu: sink.relu,
+                    rows: offsets.as_ptr(),
+                    count: rows.len(),
+                    columns,
+                    bias: from(self.finish.bias),
+                    mask,
+                    mask_halves,
+                    residual: from(self.finish.residual),
+                });
                 (kernels.leave)();
             }
         });
-    }
-
-    /// Finishes a tile: its rows go to `offsets`, its columns from `first` on.
-    ///
-    /// # Safety
-    /// `sums` holds the tile `[offsets.len()][PANEL]`; nobody else writes these elements of the sink; the
-    /// kernels fit this CPU.
-    #[allow(unsafe_code)]
-    unsafe fn store(
-        &self,
-        kernels: &Kernels,
-        sums: *const f32,
-        offsets: &[usize],
-        first: usize,
-        sink: Sink,
-    ) {
-        let (mask, mask_halves) = match self.finish.mask {
-            None => (null(), null()),
-            Some(Elements::F32(mask)) => (mask[first..].as_ptr(), null()),
-            Some(Elements::Bf16(mask)) => (null(), mask[first..].as_ptr()),
-        };
-        let from =
-            |values: Option<&[f32]>| values.map_or(null(), |values| values[first..].as_ptr());
-        // SAFETY: the caller's promise; what is as large as the result covers the same elements.
-        unsafe {
-            (kernels.store)(&Store {
-                from: sums,
-                values: sink.values.map_or(null_mut(), |to| to.get().add(first)),
-                halves: sink.halves.map_or(null_mut(), |to| to.get().add(first)),
-                relu: sink.relu,
-                rows: offsets.as_ptr(),
-                count: offsets.len(),
-                columns: PANEL.min(self.target.channels() - first),
-                bias: from(self.finish.bias),
-                mask,
-                mask_halves,
-                residual: from(self.finish.residual),
-            });
-        }
     }
 
     /// Copies a piece of the patches, cut at those pairs, to rows `step` words apart; zeros behind the
@@ -199,7 +177,13 @@ impl PatchProduct<'_> {
                 row[piece.len()..2 * pairs.len()].fill(0);
             }
         }
-        self.patches.gather(&[copy; 2], self.x, rows, piece, to, 2 * step);
+        let job =
+            Gather { patches: self.patches, x: self.x, rows, depth: piece, to, stride: 2 * step };
+        // SAFETY: the kernels fit this CPU.
+        #[allow(unsafe_code)]
+        unsafe {
+            (kernels().gather)(job);
+        }
     }
 }
 

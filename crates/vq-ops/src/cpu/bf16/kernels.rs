@@ -2,6 +2,7 @@
 
 use std::sync::OnceLock;
 
+use crate::cpu::pack::{self, Gather, GatherFn};
 use crate::cpu::vector::{Portable, Vector};
 
 /// Columns in a panel of the second operand.
@@ -35,8 +36,10 @@ pub(crate) struct Product {
 
 /// Where a product's rows go, and what is done to them on the way: bias, then mask, then residual.
 pub(crate) struct Store {
-    /// `[rows][PANEL]`.
+    /// `[panels][rows][PANEL]`.
     pub from: *const f32,
+    /// Elements between panels.
+    pub panel_step: usize,
     /// Result. May be null.
     pub values: *mut f32,
     /// Result, rounded to bfloat16. May be null.
@@ -75,6 +78,8 @@ pub(crate) struct Kernels {
     pub narrow: [unsafe fn(*const f32, *mut u16, usize); 2],
     /// `to[i] = low[i] | high[i] << 16` for `count` elements.
     pub pair: unsafe fn(*const u16, *const u16, *mut u32, usize),
+    /// Copies patches.
+    pub gather: GatherFn<u16>,
     /// See [`Transpose`].
     pub transpose: Transpose,
     /// Whether the CPU has instructions for it.
@@ -171,6 +176,33 @@ unsafe fn pair(low: *const u16, high: *const u16, to: *mut u32, count: usize) {
 }
 
 /// # Safety
+/// The CPU has `V`'s instruction set.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn gather<V: Vector>(job: Gather<'_, u16>) {
+    // SAFETY: both functions touch what they are told to. A register of f32 carries any bits.
+    unsafe {
+        let copy = |from: *const u16, to: *mut u16, count: usize| {
+            let step = 2 * V::LANES;
+            let whole = count / step * step;
+            for i in (0..whole).step_by(step) {
+                V::load(from.add(i).cast()).store(to.add(i).cast());
+            }
+            to.add(whole).copy_from_nonoverlapping(from.add(whole), count - whole);
+        };
+        let clear = |to: *mut u16, count: usize| {
+            let step = 2 * V::LANES;
+            let whole = count / step * step;
+            for i in (0..whole).step_by(step) {
+                V::splat(0.).store(to.add(i).cast());
+            }
+            to.add(whole).write_bytes(0, count - whole);
+        };
+        pack::gather(job, copy, clear);
+    }
+}
+
+/// # Safety
 /// As [`Transpose`].
 #[allow(unsafe_code)]
 unsafe fn transpose(from: *const u16, step: usize, to: *mut u32, to_step: usize, columns: usize) {
@@ -222,16 +254,19 @@ unsafe fn emulated<V: Vector, const ROWS: usize>(job: &Product) {
 unsafe fn store<V: Vector>(job: &Store) {
     // SAFETY: the caller's promise.
     unsafe {
-        for first in (0..job.columns).step_by(V::LANES) {
-            let count = (job.columns - first).min(V::LANES);
-            let whole = count == V::LANES;
-            let fetch = |from: *const f32| {
-                if whole { V::load(from) } else { V::load_partial(from, count) }
-            };
-            let bias = if job.bias.is_null() { V::splat(0.) } else { fetch(job.bias.add(first)) };
-            for i in 0..job.count {
+        for i in 0..job.count {
+            for first in (0..job.columns).step_by(V::LANES) {
+                let count = (job.columns - first).min(V::LANES);
+                let whole = count == V::LANES;
+                let fetch = |from: *const f32| {
+                    if whole { V::load(from) } else { V::load_partial(from, count) }
+                };
                 let at = *job.rows.add(i) + first;
-                let mut value = V::load(job.from.add(i * PANEL + first)).add(bias);
+                let from = first / PANEL * job.panel_step + i * PANEL + first % PANEL;
+                let mut value = V::load(job.from.add(from));
+                if !job.bias.is_null() {
+                    value = value.add(fetch(job.bias.add(first)));
+                }
                 if !job.mask.is_null() {
                     value = value.where_positive(fetch(job.mask.add(at)));
                 }
@@ -267,6 +302,12 @@ macro_rules! helpers {
             pub(super) unsafe fn emulated<const ROWS: usize>(job: &Product) {
                 // SAFETY: the caller's promise; the instruction set is enabled above.
                 unsafe { super::emulated::<$vector, ROWS>(job) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn gather(job: Gather<'_, u16>) {
+                // SAFETY: as above.
+                unsafe { super::gather::<$vector>(job) }
             }
 
             $(#[target_feature(enable = $feature)])?
@@ -306,6 +347,7 @@ macro_rules! emulated_kernels {
             store: $module::store,
             narrow: [$module::narrow::<false>, $module::narrow::<true>],
             pair: $module::pair,
+            gather: $module::gather,
             transpose,
             native: false,
             name: $name,

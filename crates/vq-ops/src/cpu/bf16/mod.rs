@@ -126,16 +126,6 @@ fn halves(words: &mut [u32]) -> &mut [u16] {
     }
 }
 
-/// Copies `count` halves.
-///
-/// # Safety
-/// `from` and `to` cover them and do not overlap.
-#[allow(unsafe_code)]
-unsafe fn copy(from: *const u16, to: *mut u16, count: usize) {
-    // SAFETY: the caller's promise.
-    unsafe { to.copy_from_nonoverlapping(from, count) }
-}
-
 /// The first `length` elements of a buffer from a cache line's beginning on, as words. The buffer must
 /// be longer by [`LINE`].
 fn words(buffer: &mut [f32], length: usize) -> &mut [u32] {

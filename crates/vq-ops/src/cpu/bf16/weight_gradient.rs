@@ -3,11 +3,11 @@
 use rayon::prelude::*;
 
 use super::kernels::{Kernels, PANEL, Product, SQUARE, STEP, kernels};
-use super::{LINE, copy, halves, with_words, words};
+use super::{LINE, halves, with_words, words};
 use crate::cpu::SharedMut;
 use crate::cpu::buffers::Buffers;
 use crate::cpu::conv::Geometry;
-use crate::cpu::pack::Patches;
+use crate::cpu::pack::{Gather, Patches};
 
 /// Pixels whose products are summed before the sums go back to memory.
 const CHUNK: usize = 256;
@@ -149,7 +149,13 @@ fn paired_panels(
         if end - start < BAND || depth.end < columns.end {
             band.fill(0);
         }
-        patches.gather(&[copy; 2], x, start..end, depth.clone(), band, width);
+        let rows = start..end;
+        let job = Gather { patches, x, rows, depth: depth.clone(), to: &mut *band, stride: width };
+        // SAFETY: the kernels fit this CPU.
+        #[allow(unsafe_code)]
+        unsafe {
+            (kernels.gather)(job);
+        }
         for (i, two) in band.chunks_exact(2 * width).enumerate() {
             let (low, high) = two.split_at(width);
             let pair = (start - pixels.start) / 2 + i;
