@@ -11,10 +11,10 @@ use super::pack::{Axes, Patches, Place};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile};
 use super::winograd_transform::{Input, OUT, Output, Transforms};
 
-/// Tiles that a task transforms and multiplies at a time.
-const BLOCK: usize = 28;
-/// Tiles whose transforms a weight gradient holds at a time.
-const GRADIENT_TILES: usize = 512;
+/// Tiles that a task transforms and multiplies at a time: as many rows as the widest kernels take.
+const BLOCK: usize = 14;
+/// Tiles whose transforms a weight gradient holds at a time: few megabytes, which stay in the caches.
+const GRADIENT_TILES: usize = 96;
 
 /// How a patch convolution is cut into tiles.
 #[derive(Clone, Debug, PartialEq, Eq)]
