@@ -41,3 +41,9 @@ impl<T: Copy> SharedMut<T> {
         self.0
     }
 }
+
+/// The first of all kernels that this CPU can run, or the ones that the environment variable `VQ_CPU` names.
+fn wanted<K>(available: Vec<&'static K>, name: impl Fn(&K) -> &str) -> Option<&'static K> {
+    let wanted = std::env::var("VQ_CPU").unwrap_or_default();
+    available.into_iter().find(|kernels| wanted.is_empty() || name(kernels) == wanted)
+}

@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 
 use super::pack::{CopyFn, Gather, GatherFn, gather};
 use super::vector::{Portable, Vector};
+use super::wanted;
 use super::winograd_transform::{self as winograd, Filter, Transforms};
 
 /// How deep a product runs before its sums go back to memory: one panel of `DEPTH × columns` then
@@ -139,10 +140,7 @@ pub(crate) fn kernels() -> &'static Kernels {
     if let Some(forced) = FORCED.get() {
         return forced;
     }
-    CHOICE.get_or_init(|| {
-        let wanted = std::env::var("VQ_CPU").unwrap_or_default();
-        available().into_iter().find(|k| wanted.is_empty() || k.name == wanted).unwrap_or(&PORTABLE)
-    })
+    CHOICE.get_or_init(|| wanted(available(), |kernels| kernels.name).unwrap_or(&PORTABLE))
 }
 
 #[cfg(test)]

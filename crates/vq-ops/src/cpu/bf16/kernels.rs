@@ -4,6 +4,7 @@ use std::sync::OnceLock;
 
 use crate::cpu::pack::{self, Gather, GatherFn};
 use crate::cpu::vector::{Portable, Vector};
+use crate::cpu::wanted;
 
 /// Columns in a panel of the second operand.
 pub(crate) const PANEL: usize = 32;
@@ -106,10 +107,7 @@ pub(crate) fn kernels() -> &'static Kernels {
     if let Some(forced) = FORCED.get() {
         return forced;
     }
-    CHOICE.get_or_init(|| {
-        let wanted = std::env::var("VQ_CPU").unwrap_or_default();
-        available().into_iter().find(|k| wanted.is_empty() || k.name == wanted).unwrap_or(&PORTABLE)
-    })
+    CHOICE.get_or_init(|| wanted(available(), |kernels| kernels.name).unwrap_or(&PORTABLE))
 }
 
 #[cfg(test)]
