@@ -8,7 +8,10 @@ use clap::{Args, ValueEnum};
 use vq_data::{Dataset, OnBroken, Source, Splits};
 use vq_train::{DataConfig, RECIPE_FILE, Recipe};
 
+use crate::cli::LogFormat;
 use crate::error::{Error, Result};
+use crate::output;
+use crate::progress::Progress;
 
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Data")]
@@ -72,6 +75,26 @@ impl Split {
             Self::Test => "test",
         }
     }
+}
+
+/// Opens the data, with a progress bar while a folder is indexed, and says what there is to say of them.
+pub(crate) fn open(data: &DataConfig, image_size: [usize; 2], format: LogFormat) -> Result<Splits> {
+    let progress = Progress::start(format, "indexing");
+    let splits = data.open_watched(image_size, &|indexing| {
+        progress.tell(indexing.done, Some(indexing.total));
+    })?;
+    drop(progress);
+    for note in &splits.notes {
+        output::note(format, note)?;
+    }
+    Ok(splits)
+}
+
+/// Names the files that turned out to be broken while the data were read.
+pub(crate) fn name_broken(dataset: &dyn Dataset, format: LogFormat) -> Result<()> {
+    dataset.take_broken().iter().try_for_each(|file| {
+        output::note(format, &format!("cannot decode {file}; another image took its place"))
+    })
 }
 
 /// The data that the run which a checkpoint belongs to was started with.

@@ -169,6 +169,8 @@ pub enum WarningKind {
     Settings,
     /// A checkpoint could not be read, and an earlier one was taken.
     Checkpoint,
+    /// An image could not be read, and another one was taken.
+    Data,
 }
 
 /// See [`Event::RunFinished`] and [`Event::RunInterrupted`].

@@ -233,6 +233,11 @@ impl Trainable for Tokenizer {
         concerns
     }
 
+    fn notices(&self) -> Vec<String> {
+        let broken = self.datasets().into_iter().flat_map(|dataset| dataset.take_broken());
+        broken.map(|file| format!("cannot decode {file}; another image takes its place")).collect()
+    }
+
     fn collapse_advice(&self, level: usize) -> String {
         let key = format!("model.levels.{level}.quantizer");
         let quantizer = self.model.config().levels.get(level).map(|level| &level.quantizer);

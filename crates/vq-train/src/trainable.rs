@@ -68,6 +68,11 @@ pub trait Trainable {
         Vec::new()
     }
 
+    /// What the user should know of the data that was read since this was last asked; one message each.
+    fn notices(&self) -> Vec<String> {
+        Vec::new()
+    }
+
     /// What to try when the codebook of a level has collapsed.
     fn collapse_advice(&self, level: usize) -> String {
         format!("try a smaller codebook at level {level}")

@@ -149,6 +149,7 @@ impl<T: Trainable> Trainer<T> {
         self.progress.batch += 1;
         self.progress.running.add(examples, &terms, &usage);
         self.emit_step(&terms, &usage, lr, norm, update.revived, examples)?;
+        self.report_notices()?;
         if self.progress.batch == COLLAPSE_WINDOW {
             let seen = self.progress.running.usage.clone();
             self.report_collapse(&seen)?;
@@ -170,6 +171,7 @@ impl<T: Trainable> Trainer<T> {
             if evaluation.is_none() {
                 return Ok(false);
             }
+            self.report_notices()?;
         }
         let is_best = self.note_epoch(evaluation.as_ref());
         let usage = std::mem::take(&mut self.progress.running).usage;
