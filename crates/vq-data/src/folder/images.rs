@@ -36,11 +36,14 @@ pub(super) struct Images {
     /// Which files, in their order.
     members: Vec<u32>,
     /// The pixels of those that were read, u8 `[3,H,W]` each, where all have room.
-    held: Option<Box<[OnceLock<Box<[u8]>>]>>,
+    held: Option<Box<[Place]>>,
     /// Which image stands in for which.
     stand_ins: Mutex<BTreeMap<usize, usize>>,
     news: Mutex<Vec<BrokenFile>>,
 }
+
+/// Of one image, filled when it is first read.
+type Place = OnceLock<Box<[u8]>>;
 
 impl Images {
     pub(super) fn new(name: String, files: Arc<Files>, members: Vec<u32>, is_held: bool) -> Self {
