@@ -99,10 +99,15 @@ pub(crate) fn name_broken(dataset: &dyn Dataset, format: LogFormat) -> Result<()
 
 /// The data that the run which a checkpoint belongs to was started with.
 pub(crate) fn trained_on(folder: &Path) -> Result<Option<DataConfig>> {
+    Ok(trained_with(folder)?.map(|recipe| recipe.data))
+}
+
+/// The recipe of the run which a checkpoint belongs to.
+pub(crate) fn trained_with(folder: &Path) -> Result<Option<Recipe>> {
     let folder = fs::canonicalize(folder).map_err(Error::read(folder))?;
     let recipe = folder.ancestors().take(3).map(|folder| folder.join(RECIPE_FILE));
     match recipe.into_iter().find(|path| path.is_file()) {
-        Some(path) => Ok(Some(Recipe::from_file(&path)?.data)),
+        Some(path) => Ok(Some(Recipe::from_file(&path)?)),
         None => Ok(None),
     }
 }
