@@ -27,10 +27,12 @@ pub enum Source {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnBroken {
-    /// Leave them out and name them in the notes.
+    /// Leave them out and name them in the notes. A file that only decoding shows to be broken keeps its
+    /// place, where the next image of its class stands in for it; it is named by
+    /// [`Dataset::take_broken`](crate::Dataset::take_broken), and in the notes of the next time.
     #[default]
     Skip,
-    /// Refuse the folder.
+    /// Refuse the folder; what only decoding shows is an error when it is read.
     Refuse,
 }
 

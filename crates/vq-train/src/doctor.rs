@@ -107,6 +107,8 @@ pub fn diagnose(
         findings.push(Finding::Drift { share });
     }
     if let (Some(distance), Some(spread)) = (figure("code_distance"), figure("code_spread"))
+        // Of several codebooks the distance is that of all together, the spread that of each.
+        && quantizer.codes_per_position() == 1
         && distance > 1.5 * spread
         && is_late
         && spread > 0.0
@@ -122,6 +124,11 @@ pub(crate) fn diagnose_revivals(figures: &Metrics, of: usize, epoch: usize) -> O
     let revived = figures.get("revived").unwrap_or(0.0);
     (epoch > 1 && of > 0 && revived > of as f64)
         .then_some(Finding::Revivals { revived: revived as usize, of })
+}
+
+/// Whether codes should have settled: in the second half of a run, and not in its first two epochs.
+pub fn is_late(epoch: usize, epochs: usize) -> bool {
+    epoch > 2 && 2 * epoch > epochs
 }
 
 /// All that an epoch's figures ask for, level by level.

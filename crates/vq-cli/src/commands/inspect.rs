@@ -110,7 +110,7 @@ fn advice(model: &VqVae, train: &TrainConfig, progress: Option<&Progress>) -> Re
         let codebooks = model.quantizer(level)?.codebooks()?;
         doctor::codebook_metrics(&mut record.train, level, &codebooks, None)?;
     }
-    let is_late = 2 * record.epoch > train.epochs;
+    let is_late = doctor::is_late(record.epoch, train.epochs);
     Ok(doctor::advise(model.config(), train, &record, is_late))
 }
 

@@ -108,7 +108,7 @@ mod tests {
         RgbImage::new(9, 9).save_with_format(&path, ImageFormat::Jpeg).expect("writable");
         let plain = fs::read(&path).expect("is there");
         for count in [1, 3] {
-            let comment = [&b"\xff\xfe\xff\xff"[..], &[0; 0xfffd]].concat();
+            let comment = [&b"\xff\xfe\xff\xff"[..], &vec![0; 0xfffd]].concat();
             let long = [&plain[..2], &comment.repeat(count), &plain[2..]].concat();
             fs::write(&path, long).expect("writable");
             assert!(check(&path).is_ok(), "{count}");

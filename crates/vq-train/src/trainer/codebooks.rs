@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use candle_core::Tensor;
 
 use super::Trainer;
-use crate::doctor::{codebook_metrics, dead_codes};
+use crate::doctor::{self, codebook_metrics, dead_codes};
 use crate::evaluate::usage_metrics;
 use crate::metrics::level_name;
 use crate::{Metrics, Result, Trainable, WarningKind};
@@ -36,7 +36,7 @@ impl<T: Trainable> Trainer<T> {
     /// What the epoch that is done asks for, unless it was said before.
     pub(super) fn report_advice(&mut self) -> Result<()> {
         let Some(record) = self.progress.history.last() else { return Ok(()) };
-        let is_late = 2 * record.epoch > self.config.epochs;
+        let is_late = doctor::is_late(record.epoch, self.config.epochs);
         for advice in self.task.advise(record, is_late) {
             // A collapse says the same more loudly.
             let is_said = self.progress.collapse_reported && advice.key.starts_with("dead");

@@ -141,9 +141,9 @@ fn a_damaged_index_is_made_anew() {
     moved.open();
     let of_moved = crate::folder::Store::new(&moved.cache.path().join("new/vq"), moved.root.path())
         .expect("a folder");
-    fs::read_dir(moved.cache.path().join("new/vq")).expect("a folder").for_each(|file| {
+    for file in fs::read_dir(moved.cache.path().join("new/vq")).expect("a folder") {
         fs::write(file.expect("readable").path(), &whole).expect("writable");
-    });
+    }
     assert!(of_moved.open().is_none());
     assert_eq!(moved.open().1, 1);
 }
@@ -198,7 +198,9 @@ fn broken_pixels_are_replaced_alike_everywhere() {
     let whole = epochs(&place.open().0, 1, 0);
     // Two neighbours, the last of a class, and one more.
     let spoilt = ["0/05.png", "0/06.png", "0/19.png", "2/50.png"];
-    spoilt.iter().for_each(|name| spoil(&place.path(name)));
+    for name in spoilt {
+        spoil(&place.path(name));
+    }
 
     let (splits, looked) = place.open();
     assert_eq!((looked, splits.broken.len()), (4, 0), "their headers are right");
