@@ -8,7 +8,10 @@ use clap::{Args, ValueEnum};
 use vq_data::{Dataset, OnBroken, Source, Splits};
 use vq_train::{DataConfig, RECIPE_FILE, Recipe};
 
+use crate::cli::LogFormat;
 use crate::error::{Error, Result};
+use crate::output;
+use crate::progress::Progress;
 
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Data")]
@@ -74,12 +77,37 @@ impl Split {
     }
 }
 
+/// Opens the data, with a progress bar while a folder is indexed, and says what there is to say of them.
+pub(crate) fn open(data: &DataConfig, image_size: [usize; 2], format: LogFormat) -> Result<Splits> {
+    let progress = Progress::start(format, "indexing");
+    let splits = data.open_watched(image_size, &|indexing| {
+        progress.tell(indexing.done, Some(indexing.total));
+    })?;
+    drop(progress);
+    for note in &splits.notes {
+        output::note(format, note)?;
+    }
+    Ok(splits)
+}
+
+/// Names the files that turned out to be broken while the data were read.
+pub(crate) fn name_broken(dataset: &dyn Dataset, format: LogFormat) -> Result<()> {
+    dataset.take_broken().iter().try_for_each(|file| {
+        output::note(format, &format!("cannot decode {file}; another image took its place"))
+    })
+}
+
 /// The data that the run which a checkpoint belongs to was started with.
 pub(crate) fn trained_on(folder: &Path) -> Result<Option<DataConfig>> {
+    Ok(trained_with(folder)?.map(|recipe| recipe.data))
+}
+
+/// The recipe of the run which a checkpoint belongs to.
+pub(crate) fn trained_with(folder: &Path) -> Result<Option<Recipe>> {
     let folder = fs::canonicalize(folder).map_err(Error::read(folder))?;
     let recipe = folder.ancestors().take(3).map(|folder| folder.join(RECIPE_FILE));
     match recipe.into_iter().find(|path| path.is_file()) {
-        Some(path) => Ok(Some(Recipe::from_file(&path)?.data)),
+        Some(path) => Ok(Some(Recipe::from_file(&path)?)),
         None => Ok(None),
     }
 }

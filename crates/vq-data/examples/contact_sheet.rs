@@ -4,7 +4,7 @@
 use std::error::Error;
 use std::time::Instant;
 
-use vq_data::{OpenOptions, Source, open, pixel_variance};
+use vq_data::{OpenOptions, Source, cache_dir, open, pixel_variance};
 
 fn main() -> Result<(), Box<dyn Error>> {
     let mut arguments = std::env::args().skip(1);
@@ -14,7 +14,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let size = arguments.next().map_or(Ok(32), |size| size.parse())?;
 
     let start = Instant::now();
-    let splits = open(&source, &OpenOptions { size: [size; 2], ..OpenOptions::default() })?;
+    let options = OpenOptions { size: [size; 2], cache_dir: cache_dir(), ..OpenOptions::default() };
+    let splits = open(&source, &options)?;
     let seconds = start.elapsed().as_secs_f64();
     let (train, test) = (&splits.train, &splits.test);
     let variance = pixel_variance(train.as_ref())?;

@@ -16,6 +16,7 @@ mod tests;
 mod writer;
 
 use std::fs;
+use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
@@ -23,6 +24,7 @@ use serde::{Deserialize, Serialize};
 pub use reader::{CodesFolder, ImageCodes};
 pub use writer::CodesWriter;
 
+use crate::file::write_atomic;
 use crate::{Error, Normalization};
 
 /// The version of the format that this crate writes, and the newest that it reads.
@@ -151,7 +153,7 @@ impl CodesManifest {
         let mut text = serde_json::to_vec_pretty(self)
             .map_err(|error| Error::codes(&path, error.to_string()))?;
         text.push(b'\n');
-        shard::write_atomic(&path, &text)
+        write_atomic(&path, |file| file.write_all(&text))
     }
 
     /// The first key that differs, with both values.

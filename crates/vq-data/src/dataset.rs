@@ -53,6 +53,16 @@ pub trait Dataset: Send + Sync {
     fn is_costly(&self) -> bool {
         false
     }
+
+    /// Bytes of pixels that are in memory, or will be once every image was read.
+    fn held_bytes(&self) -> usize {
+        if self.is_costly() { 0 } else { self.len() * self.shape().pixels() }
+    }
+
+    /// Files that reading found to be broken, and replaced by others, since this was last asked.
+    fn take_broken(&self) -> Vec<BrokenFile> {
+        Vec::new()
+    }
 }
 
 /// A dataset held as bytes in memory.
@@ -136,13 +146,19 @@ impl Dataset for InMemory {
     }
 }
 
-/// A file that was meant to be an image and is not one.
+/// A file that was meant to be an image and is not one. Written as its path and what is wrong with it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BrokenFile {
     /// The file.
     pub path: PathBuf,
     /// What is wrong with it.
     pub reason: String,
+}
+
+impl std::fmt::Display for BrokenFile {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}: {}", self.path.display(), self.reason)
+    }
 }
 
 /// What [`open`](crate::open) gives: the two splits of a source and what there is to say about it.
@@ -154,7 +170,7 @@ pub struct Splits {
     pub test: Arc<dyn Dataset>,
     /// What the user must be told, loudly: another data set was taken, files were skipped.
     pub notes: Vec<String>,
-    /// Every file that was skipped; the notes name the first ones.
+    /// Every file that was skipped or replaced; the notes name the first ones.
     pub broken: Vec<BrokenFile>,
 }
 

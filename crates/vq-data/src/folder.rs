@@ -1,142 +1,146 @@
 //! A folder of images as a data set.
+//!
+//! Opening walks the folder and reads the header and the end of every file that the index of an earlier
+//! time does not know as it is now; pixels are decoded when they are asked for. What is kept for each file
+//! is its path and a few numbers, so memory does not grow with the images.
 
-mod scan;
+mod images;
+mod index;
+mod names;
+mod store;
+mod walk;
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::collections::{BTreeMap, BTreeSet};
+use std::path::Path;
+use std::sync::{Arc, Mutex};
 
-use rayon::prelude::*;
-
-use crate::dataset::check_read;
+use self::images::{Files, Images};
+use self::index::{Entry, Looked, Verdict, Version};
+use self::names::Names;
+use self::store::Store;
 use crate::random::{Purpose, Stream};
-use crate::{
-    BrokenFile, Dataset, Error, ImageShape, InMemory, OnBroken, OpenOptions, Splits, picture,
-};
+use crate::{BrokenFile, Dataset, Error, ImageShape, OnBroken, OpenOptions, Splits};
 
-/// Finds every image below `root`, decodes each once (so that a broken one is found now and not in
-/// the third hour), and splits them.
-pub(crate) fn open(root: &Path, options: &OpenOptions) -> Result<Splits, Error> {
+/// How far the indexing of a folder is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Indexing {
+    /// Files that are done.
+    pub done: usize,
+    /// Files in all.
+    pub total: usize,
+    /// Files, of those done, that were opened and read; of the others the index knew everything.
+    pub looked_at: usize,
+}
+
+/// Finds every image below `root` and splits them.
+pub(crate) fn open(
+    root: &Path,
+    options: &OpenOptions,
+    watch: &(dyn Fn(Indexing) + Sync),
+) -> Result<Splits, Error> {
     let mut notes = Vec::new();
-    let scan::Found { mut images, has_test, class_names } = scan::scan(root, &mut notes)?;
-    if images.is_empty() {
+    let walk::Found { names, test } = walk::walk(root, &mut notes)?;
+    let store = match &options.cache_dir {
+        Some(cache) => Some(Store::new(cache, root)?),
+        None => None,
+    };
+    let stored = store.as_ref().and_then(Store::open);
+    let Looked { entries, is_news } = index::look(root, &names, stored, watch);
+    if let Some(store) = store.as_ref().filter(|_| is_news)
+        && let Err(error) = store.save(&names, &entries)
+    {
+        notes.push(format!(
+            "the index of {} is not kept, so it will be made again the next time ({error}); \
+             VQ_CACHE_DIR=FOLDER chooses where",
+            root.display()
+        ));
+    }
+
+    let is_image = |entry: &&Entry| entry.verdict != Verdict::Other;
+    let total = entries.iter().filter(is_image).count();
+    if total == 0 {
         return Err(Error::EmptyFolder(root.into()));
     }
-    let [height, width] = options.size;
-    let shape = ImageShape { channels: 3, height, width };
-    let in_memory = images.len().saturating_mul(shape.pixels()) <= options.memory_limit;
-
     let mut broken = Vec::new();
-    let decoded: Vec<_> = images
-        .par_iter()
-        .map(|image| decode(&image.path, options.size).map(|pixels| in_memory.then_some(pixels)))
-        .collect();
-    let mut pixels = Vec::with_capacity(images.len());
-    let mut readable = Vec::with_capacity(images.len());
-    let total = images.len();
-    for (image, decoded) in images.drain(..).zip(decoded) {
-        match decoded {
-            Ok(decoded) => {
-                pixels.push(decoded);
-                readable.push(image);
+    let mut readable = Vec::new();
+    for (file, entry) in entries.iter().enumerate() {
+        match &entry.verdict {
+            Verdict::Other => {}
+            Verdict::Image => readable.push(file as u32),
+            Verdict::Broken(reason) => {
+                let path = names.path(root, file);
+                broken.push(BrokenFile { path, reason: reason.to_string() });
             }
-            Err(reason) => broken.push(BrokenFile { path: image.path, reason }),
         }
     }
+    note_broken("skipped ", &broken, &mut notes);
+    let (unreadable, late) = known_late(root, store.as_ref(), &names, &entries);
+    note_broken("taking another image of the same class for ", &late, &mut notes);
+    broken.extend(late);
     check_broken(root, &broken, total, readable.is_empty(), options.on_broken)?;
-    note_broken(&broken, &mut notes);
 
-    let in_test: Vec<bool> = if has_test {
-        readable.iter().map(|image| image.in_test).collect()
-    } else {
-        hold_out(&readable, options.seed)
+    let (class_names, labels) = classify(&names, &entries, usize::from(test.is_some()));
+    drop(entries);
+    let in_test: Vec<bool> = match &test {
+        Some(test) => {
+            let prefix = format!("{test}/");
+            let is_below = |name: &[u8]| String::from_utf8_lossy(name).starts_with(&prefix);
+            readable.iter().map(|&file| is_below(names.get(file as usize))).collect()
+        }
+        None => hold_out(&names, &readable, options.seed),
     };
     for (wanted, split) in [(false, "train"), (true, "test")] {
-        if has_test && !in_test.contains(&wanted) {
+        if test.is_some() && !in_test.contains(&wanted) {
             return Err(Error::EmptyFolder(root.join(split)));
         }
     }
-    let make = |test: bool, lone: bool, pixels: &mut Vec<Option<Vec<u8>>>| {
-        let name = format!("{} {}", root.display(), if test { "test" } else { "train" });
-        let mut files = Vec::new();
-        let mut held = Vec::new();
-        for ((image, &in_test), pixels) in readable.iter().zip(&in_test).zip(pixels) {
-            if in_test == test || lone {
-                files.push((image.path.clone(), image.label));
-                let pixels = if lone { pixels.clone() } else { pixels.take() };
-                held.extend(pixels.unwrap_or_default());
-            }
-        }
-        let class_names = class_names.clone();
-        let dataset: Arc<dyn Dataset> = if in_memory {
-            let labels = files.iter().map(|(_, label)| *label).collect();
-            Arc::new(InMemory::new(name, shape, held, labels, class_names)?)
-        } else {
-            Arc::new(OnDisk { name, shape, files, class_names })
-        };
-        Ok::<_, Error>(dataset)
-    };
+
+    let [height, width] = options.size;
+    let shape = ImageShape { channels: 3, height, width };
+    let is_held = readable.len().saturating_mul(shape.pixels()) <= options.memory_limit;
     // A single image can only be in both.
     let lone = readable.len() == 1;
     if lone {
         notes.push(format!("{} holds one image: it is in both splits.", root.display()));
     }
-    let train = make(false, lone, &mut pixels)?;
-    let test = make(true, lone, &mut pixels)?;
-    Ok(Splits { train, test, notes, broken })
+    let files = Arc::new(Files {
+        root: root.to_path_buf(),
+        names,
+        labels,
+        class_names,
+        shape,
+        on_broken: options.on_broken,
+        unreadable: Mutex::new(unreadable),
+        store,
+    });
+    let split = |wanted: bool| -> Arc<dyn Dataset> {
+        let name = format!("{} {}", root.display(), if wanted { "test" } else { "train" });
+        let members =
+            readable.iter().zip(&in_test).filter(|(_, in_test)| lone || **in_test == wanted);
+        let members = members.map(|(&file, _)| file).collect();
+        Arc::new(Images::new(name, files.clone(), members, is_held))
+    };
+    Ok(Splits { train: split(false), test: split(true), notes, broken })
 }
 
-/// Images that are decoded each time that they are read.
-struct OnDisk {
-    name: String,
-    shape: ImageShape,
-    files: Vec<(PathBuf, u32)>,
-    class_names: Vec<String>,
-}
-
-impl Dataset for OnDisk {
-    fn name(&self) -> &str {
-        &self.name
+/// The files that an earlier decoding of them as they are now found to be broken.
+fn known_late(
+    root: &Path,
+    store: Option<&Store>,
+    names: &Names,
+    entries: &[Entry],
+) -> (BTreeSet<u32>, Vec<BrokenFile>) {
+    let mut late = BTreeMap::new();
+    for line in store.map(Store::late).unwrap_or_default() {
+        let version = Some(Version { size: line.size, modified: line.modified });
+        let known = Entry { version, verdict: Verdict::Image };
+        let file = names.find(line.name.as_bytes());
+        if let Some(file) = file.filter(|&file| entries.get(file) == Some(&known)) {
+            let path = names.path(root, file);
+            late.insert(file as u32, BrokenFile { path, reason: line.reason });
+        }
     }
-
-    fn len(&self) -> usize {
-        self.files.len()
-    }
-
-    fn shape(&self) -> ImageShape {
-        self.shape
-    }
-
-    fn class_names(&self) -> &[String] {
-        &self.class_names
-    }
-
-    fn label(&self, index: usize) -> u32 {
-        self.files.get(index).map_or(0, |(_, label)| *label)
-    }
-
-    fn read(&self, index: usize, out: &mut [u8]) -> Result<(), Error> {
-        check_read(self, index, out)?;
-        let path = &self.files[index].0;
-        let size = [self.shape.height, self.shape.width];
-        let pixels =
-            decode(path, size).map_err(|reason| Error::Image { path: path.clone(), reason })?;
-        out.copy_from_slice(&pixels);
-        Ok(())
-    }
-
-    fn is_costly(&self) -> bool {
-        true
-    }
-}
-
-/// A file → u8 `[3,H,W]`, or what is wrong with it.
-fn decode(path: &Path, size: [usize; 2]) -> Result<Vec<u8>, String> {
-    let image = picture::load(path).map_err(|error| match error {
-        Error::Image { reason, .. } => reason,
-        Error::Io { source, .. } => source.to_string(),
-        error => error.to_string(),
-    })?;
-    Ok(picture::to_chw(&picture::fit(&image, size)))
+    (late.keys().copied().collect(), late.into_values().collect())
 }
 
 fn check_broken(
@@ -161,22 +165,54 @@ fn check_broken(
 }
 
 /// A note for each of the first broken files, and one that counts the rest.
-fn note_broken(broken: &[BrokenFile], notes: &mut Vec<String>) {
+fn note_broken(what: &str, broken: &[BrokenFile], notes: &mut Vec<String>) {
     const NAMED: usize = 20;
-    for BrokenFile { path, reason } in broken.iter().take(NAMED) {
-        notes.push(format!("skipped {}: {reason}", path.display()));
+    for broken in broken.iter().take(NAMED) {
+        notes.push(format!("{what}{broken}"));
     }
     if broken.len() > NAMED {
-        notes.push(format!("skipped {} more broken files.", broken.len() - NAMED));
+        notes.push(format!("{what}{} more broken files.", broken.len() - NAMED));
     }
+}
+
+/// The names of the classes and the label of every file. Below a split (where `skip` is 1), or below the
+/// root where there are none, the first sub-folder is the class; where an image lies in no sub-folder
+/// there are no classes.
+fn classify(names: &Names, entries: &[Entry], skip: usize) -> (Vec<String>, Vec<u32>) {
+    let class = |file: usize| {
+        let mut parts = names.get(file).split(|&byte| byte == b'/').skip(skip);
+        // What no other part follows is the file itself.
+        parts.next().filter(|_| parts.next().is_some())
+    };
+    let images = || (0..names.len()).zip(entries).filter(|(_, e)| e.verdict != Verdict::Other);
+    let classes: Option<BTreeSet<&[u8]>> = images().map(|(file, _)| class(file)).collect();
+    let text = |class: &[u8]| String::from_utf8_lossy(class).into_owned();
+    let class_names: BTreeSet<String> = classes.unwrap_or_default().into_iter().map(text).collect();
+    let class_names: Vec<String> = class_names.into_iter().collect();
+    let mut labels = vec![0; names.len()];
+    // Neighbours mostly share their class.
+    let mut last = None;
+    for (file, label) in labels.iter_mut().enumerate() {
+        let Some(class) = class(file) else { continue };
+        let found = match last {
+            Some((known, found)) if known == class => found,
+            _ => class_names.binary_search(&text(class)).unwrap_or(0) as u32,
+        };
+        last = Some((class, found));
+        *label = found;
+    }
+    (class_names, labels)
 }
 
 /// A tenth of the images, each chosen by its own path, so that a new file moves no other from one
 /// split to the other; at least one where there are two.
-fn hold_out(images: &[scan::Image], seed: u64) -> Vec<bool> {
+fn hold_out(names: &Names, images: &[u32], seed: u64) -> Vec<bool> {
     let draws: Vec<u64> = images
         .iter()
-        .map(|image| Stream::new(seed, Purpose::HoldOut, fnv1a(&image.relative)).u64())
+        .map(|&file| {
+            let name = String::from_utf8_lossy(names.get(file as usize));
+            Stream::new(seed, Purpose::HoldOut, fnv1a(name.as_bytes())).u64()
+        })
         .collect();
     let mut held: Vec<bool> = draws.iter().map(|draw| draw % 10 == 0).collect();
     let all_alike = |held: &[bool]| held.iter().all(|&h| h == held[0]);
@@ -188,8 +224,8 @@ fn hold_out(images: &[scan::Image], seed: u64) -> Vec<bool> {
 }
 
 /// The 64-bit FNV-1a hash: stable, unlike the standard library's.
-fn fnv1a(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+fn fnv1a(text: &[u8]) -> u64 {
+    text.iter().fold(0xcbf2_9ce4_8422_2325, |hash, &byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
     })
 }

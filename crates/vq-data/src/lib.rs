@@ -24,10 +24,12 @@
 //! # }
 //! ```
 
+mod cache;
 mod cifar;
 mod codes;
 mod dataset;
 mod error;
+mod file;
 mod folder;
 mod loader;
 mod normalization;
@@ -36,12 +38,14 @@ mod random;
 pub mod shapes;
 mod source;
 
+pub use cache::cache_dir;
 pub use codes::{
     CODES_FORMAT_VERSION, CODES_ORDER, CodesFolder, CodesLevel, CodesManifest, CodesWriter,
     ImageCodes, MANIFEST_FILE,
 };
 pub use dataset::{BrokenFile, Dataset, ImageShape, InMemory, Splits, pixel_variance};
 pub use error::Error;
+pub use folder::Indexing;
 pub use loader::{Batch, Batches, Loader, LoaderOptions};
 pub use normalization::Normalization;
-pub use source::{OnBroken, OpenOptions, Source, open};
+pub use source::{OnBroken, OpenOptions, Source, open, open_watched};

@@ -1,12 +1,16 @@
 //! Image files as the models see them: decoded by content, upright, RGB, cropped to a size.
 
+mod header;
+
 use std::fs::File;
-use std::io::BufReader;
+use std::io::{BufRead, BufReader, Read, Seek};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 
 use image::imageops::{self, FilterType};
-use image::{DynamicImage, ImageDecoder, ImageReader, RgbImage};
+use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
+
+pub(crate) use header::check;
 
 use crate::Error;
 
@@ -15,23 +19,9 @@ use crate::Error;
 /// the first picture is taken.
 pub fn load(path: impl AsRef<Path>) -> Result<RgbImage, Error> {
     let path = path.as_ref();
-    let broken = |reason: String| Error::Image { path: path.into(), reason };
-    let file = File::open(path).map_err(Error::io(path))?;
-    let reader =
-        ImageReader::new(BufReader::new(file)).with_guessed_format().map_err(Error::io(path))?;
-    // The reader falls back on the extension, and a text file named .png is no PNG.
-    let format = is_image(path)?
-        .then(|| reader.format())
-        .flatten()
-        .ok_or_else(|| broken("its content is not PNG, JPEG, WebP, GIF, BMP or TIFF".to_owned()))?;
-    if !format.reading_enabled() {
-        let name = format.extensions_str().first().unwrap_or(&"this");
-        return Err(broken(format!("the format {name} is not supported")));
-    }
-    // A decoder's own bug must not end the program.
-    catch_unwind(AssertUnwindSafe(|| decode(reader)))
-        .unwrap_or_else(|_| Err("its decoder failed".to_owned()))
-        .map_err(broken)
+    let (file, format) = open(path)?;
+    let reader = ImageReader::with_format(BufReader::new(file), format);
+    guarded(path, || decode(reader))
 }
 
 /// Scales the shorter side to a size and cuts the middle out of the longer one: any size →
@@ -71,31 +61,69 @@ pub fn to_chw(image: &RgbImage) -> Vec<u8> {
 
 /// Whether the content of a file starts like that of an image, whatever its name.
 pub(crate) fn is_image(path: &Path) -> Result<bool, Error> {
-    use std::io::Read;
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    Ok(image::guess_format(&start(path, &mut file)?).is_ok())
+}
+
+/// An image file, at its start, and the format that its content has.
+fn open(path: &Path) -> Result<(File, ImageFormat), Error> {
+    let broken = |reason: String| Error::Image { path: path.into(), reason };
+    let mut file = File::open(path).map_err(Error::io(path))?;
+    // The content alone: a text file named .png is no PNG.
+    let format = image::guess_format(&start(path, &mut file)?)
+        .map_err(|_| broken("its content is not PNG, JPEG, WebP, GIF, BMP or TIFF".to_owned()))?;
+    if !format.reading_enabled() {
+        let name = format.extensions_str().first().unwrap_or(&"this");
+        return Err(broken(format!("the format {name} is not supported")));
+    }
+    file.rewind().map_err(Error::io(path))?;
+    Ok((file, format))
+}
+
+/// The first bytes of a file, by which its format is told.
+fn start(path: &Path, file: &mut File) -> Result<Vec<u8>, Error> {
     let mut start = Vec::with_capacity(32);
-    let file = File::open(path).map_err(Error::io(path))?;
     file.take(32).read_to_end(&mut start).map_err(Error::io(path))?;
-    Ok(image::guess_format(&start).is_ok())
+    Ok(start)
+}
+
+/// What a decoder says of a file; its own bug must not end the program.
+fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T, String>) -> Result<T, Error> {
+    catch_unwind(AssertUnwindSafe(decode))
+        .unwrap_or_else(|_| Err("its decoder failed".to_owned()))
+        .map_err(|reason| Error::Image { path: path.into(), reason })
 }
 
 /// What an image may take once it is decoded: a few kilobytes can claim to be many gigabytes.
 const MOST_BYTES: u64 = 1 << 30;
 
-fn decode(mut reader: ImageReader<BufReader<File>>) -> Result<RgbImage, String> {
+fn decode(reader: ImageReader<impl BufRead + Seek>) -> Result<RgbImage, String> {
+    let mut decoder = decoder(reader)?;
+    let orientation = decoder.orientation().map_err(one_line)?;
+    let mut image = DynamicImage::from_decoder(decoder).map_err(one_line)?;
+    image.apply_orientation(orientation);
+    Ok(to_rgb(image))
+}
+
+/// Reads the header.
+fn decoder<'a, R: BufRead + Seek + 'a>(
+    mut reader: ImageReader<R>,
+) -> Result<impl ImageDecoder + 'a, String> {
     let mut limits = image::Limits::default();
     limits.max_alloc = Some(MOST_BYTES);
     reader.limits(limits);
-    let one_line = |error: image::ImageError| error.to_string().replace('\n', " ");
-    let mut decoder = reader.into_decoder().map_err(one_line)?;
+    let decoder = reader.into_decoder().map_err(one_line)?;
     // The limits count what decoders take beside the image, not the image itself.
     if decoder.total_bytes() > MOST_BYTES {
         let (width, height) = decoder.dimensions();
         return Err(format!("it claims {width}×{height} pixels, more than 1 GiB"));
     }
-    let orientation = decoder.orientation().map_err(one_line)?;
-    let mut image = DynamicImage::from_decoder(decoder).map_err(one_line)?;
-    image.apply_orientation(orientation);
-    Ok(to_rgb(image))
+    Ok(decoder)
+}
+
+#[expect(clippy::needless_pass_by_value, reason = "as map_err gives it")]
+fn one_line(error: image::ImageError) -> String {
+    error.to_string().replace('\n', " ")
 }
 
 fn rounded_ratio(numerator: u64, denominator: u64) -> u64 {

@@ -4,7 +4,7 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, Splits, cifar, folder, shapes};
+use crate::{Error, Indexing, Splits, cifar, folder, shapes};
 
 /// Where the images come from; written as `auto`, `cifar10`, `cifar10:PATH`, `shapes` or
 /// `folder:PATH`.
@@ -27,10 +27,12 @@ pub enum Source {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnBroken {
-    /// Leave them out and name them in the notes.
+    /// Leave them out and name them in the notes. A file that only decoding shows to be broken keeps its
+    /// place, where the next image of its class stands in for it; it is named by
+    /// [`Dataset::take_broken`](crate::Dataset::take_broken), and in the notes of the next time.
     #[default]
     Skip,
-    /// Refuse the folder.
+    /// Refuse the folder; what only decoding shows is an error when it is read.
     Refuse,
 }
 
@@ -50,9 +52,12 @@ pub struct OpenOptions {
     pub train_count: usize,
     /// Images in the test split of the built-in set.
     pub test_count: usize,
-    /// Up to this many bytes of pixels (both splits together) are held in memory. Beyond it a
-    /// folder is decoded, and a shape drawn, each time that it is read.
+    /// Up to this many bytes of pixels (both splits together) are held in memory, those of a folder from
+    /// the first time on that they are read. Beyond it a folder is decoded, and a shape drawn, each time.
     pub memory_limit: usize,
+    /// Where what was found out about a folder of images is kept, so that opening it again looks only at
+    /// the files that changed: [`cache_dir`](crate::cache_dir), say. None = nowhere.
+    pub cache_dir: Option<PathBuf>,
 }
 
 impl Default for OpenOptions {
@@ -65,19 +70,29 @@ impl Default for OpenOptions {
             train_count: 10_000,
             test_count: 1_000,
             memory_limit: 1 << 30,
+            cache_dir: None,
         }
     }
 }
 
-/// Opens a source: checks it whole, so that training does not stumble over it later.
+/// Opens a source, and checks it: CIFAR-10 whole, of a folder's files the headers and ends.
 pub fn open(source: &Source, options: &OpenOptions) -> Result<Splits, Error> {
+    open_watched(source, options, &|_| ())
+}
+
+/// The same; tells `watch`, from several threads, how far the indexing of a folder is.
+pub fn open_watched(
+    source: &Source,
+    options: &OpenOptions,
+    watch: &(dyn Fn(Indexing) + Sync),
+) -> Result<Splits, Error> {
     check_size(options.size)?;
     match source {
         Source::Auto => open_auto(options),
         Source::Cifar10(None) => cifar::open(&options.data_dir, options.size),
         Source::Cifar10(Some(dir)) => cifar::open(dir, options.size),
         Source::Shapes => shapes::open(options),
-        Source::Folder(path) => folder::open(path, options),
+        Source::Folder(path) => folder::open(path, options, watch),
     }
 }
 

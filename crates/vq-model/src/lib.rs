@@ -26,6 +26,7 @@ mod architecture;
 mod codes;
 mod config;
 mod error;
+mod geometry;
 mod level;
 mod model;
 mod part;
@@ -37,6 +38,7 @@ pub mod store;
 pub use codes::Codes;
 pub use config::{Config, FORMAT_VERSION, LevelConfig, Normalization};
 pub use error::{Error, Result};
+pub use geometry::{CodebookGeometry, Range, codebook_drift};
 pub use model::{Output, VqVae};
 pub use quantizer::{
     CodebookReport, CodebookUpdate, Quantized, Quantizer, TrainingStep, VectorQuantizer, rotation,

@@ -48,6 +48,8 @@ pub struct Output {
     /// ‖`z_e` − sg\[e\]‖², summed over the levels; each a mean over B·h·w·D, without β
     /// (van den Oord et al. 2017, eq. 3, third term).
     pub commitment_loss: Tensor,
+    /// [`commitment_loss`](Self::commitment_loss) of each level, bottom first, detached.
+    pub commitment_losses: Vec<Tensor>,
     /// The entropy losses times their weights, summed over the levels; none where no level has one.
     pub entropy_loss: Option<Tensor>,
     /// The encoders' outputs `[B,h,w,D]`, bottom first, detached: what
@@ -280,13 +282,14 @@ impl VqVae {
             Ok((z_q, (quantized, z_e.detach())))
         })?;
         let mut maps = Vec::new();
-        let (mut codes, mut z_es) = (Vec::new(), Vec::new());
+        let (mut codes, mut z_es, mut commitment_losses) = (Vec::new(), Vec::new(), Vec::new());
         let mut losses: Option<(Tensor, Tensor)> = None;
         let mut entropy_loss: Option<Tensor> = None;
         for (map, (quantized, z_e)) in levels {
             maps.push(map);
             codes.push(quantized.codes);
             z_es.push(z_e);
+            commitment_losses.push(quantized.commitment_loss.detach());
             entropy_loss = match (entropy_loss, quantized.entropy_loss) {
                 (Some(sum), Some(loss)) => Some((sum + loss)?),
                 (sum, loss) => sum.or(loss),
@@ -306,6 +309,7 @@ impl VqVae {
             codes: Codes { levels: codes },
             codebook_loss,
             commitment_loss,
+            commitment_losses,
             entropy_loss,
             z_e: z_es,
         })

@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use vq_data::{Dataset, Loader, LoaderOptions};
 use vq_model::{Codes, LevelConfig, VqVae};
 
+use crate::metrics::level_name;
 use crate::ssim::ssim;
 use crate::{Error, Evaluation, Metrics, Result, Samples, Usage};
 
@@ -113,12 +114,12 @@ pub(crate) fn empty_usage(model: &VqVae) -> Vec<Usage> {
 /// Perplexity and codes in use of every level, by name.
 pub(crate) fn usage_metrics(mut metrics: Metrics, usage: &[Usage]) -> Metrics {
     for (level, usage) in usage.iter().enumerate() {
-        let suffix = if level == 0 { String::new() } else { format!(".{level}") };
-        metrics.set(&format!("perplexity{suffix}"), usage.perplexity());
-        metrics.set(&format!("codes_in_use{suffix}"), usage.codes_in_use() as f64);
+        let perplexity_name = level_name("perplexity", level);
+        metrics.set(&perplexity_name, usage.perplexity());
+        metrics.set(&level_name("codes_in_use", level), usage.codes_in_use() as f64);
         if usage.codebooks > 1 {
             for (codebook, perplexity) in usage.perplexities().into_iter().enumerate() {
-                metrics.set(&format!("perplexity{suffix}/{codebook}"), perplexity);
+                metrics.set(&format!("{perplexity_name}/{codebook}"), perplexity);
             }
         }
     }

@@ -130,7 +130,17 @@ pub struct EpochRecord {
     pub epoch: usize,
     /// Steps done at its end.
     pub step: u64,
-    /// Means over the epoch's images, and perplexity and codes in use of the whole epoch.
+    /// Means over the epoch's images, and figures of the codebooks:
+    /// - `perplexity`, `codes_in_use`: of the whole epoch; see [`evaluate`](crate::evaluate()).
+    /// - `dead_codes`: codes that were not chosen, beyond those that chance alone leaves out.
+    /// - `code_distance`: the root of the mean of ‖`z_e` − e‖² over a batch's vectors, averaged over the epoch.
+    /// - `code_spread`, `code_spacing`, `duplicate_codes`: of the codebook at the epoch's end; see
+    ///   [`CodebookGeometry`](vq_model::CodebookGeometry).
+    /// - `drift`: see [`codebook_drift`](vq_model::codebook_drift), since the end of the epoch before.
+    /// - `revived`: revivals in the epoch, over all levels.
+    ///
+    /// Those of the levels above the bottom are called `drift.1` and so on. A level has those that apply to
+    /// its quantizer.
     pub train: Metrics,
     /// What the evaluation gave, if it was due.
     pub test: Option<Metrics>,
@@ -165,10 +175,14 @@ pub struct Warning<'a> {
 pub enum WarningKind {
     /// Few codes are in use.
     Collapse,
+    /// The codebooks could do better.
+    Codebook,
     /// The settings ask for trouble.
     Settings,
     /// A checkpoint could not be read, and an earlier one was taken.
     Checkpoint,
+    /// An image could not be read, and another one was taken.
+    Data,
 }
 
 /// See [`Event::RunFinished`] and [`Event::RunInterrupted`].

@@ -25,6 +25,7 @@
 //! ```
 
 mod checkpoint;
+pub mod doctor;
 mod error;
 mod evaluate;
 mod event;
@@ -58,7 +59,7 @@ pub use event::{
 pub use hash::model_hash;
 pub use jsonl::{MetricsFile, read_metrics, record};
 pub use memory::{MemoryEstimate, available_memory};
-pub use metrics::{Metrics, Usage};
+pub use metrics::{Metrics, Usage, is_codebook_figure};
 pub use prior_codes::CodesBatch;
 pub use prior_recipe::{PriorDataConfig, PriorLevel, PriorRecipe, PriorTrainConfig};
 pub use prior_task::{PriorTask, decode};
@@ -68,5 +69,5 @@ pub use schedule::{Schedule, learning_rate};
 pub use ssim::ssim;
 pub use state::{Progress, Running, TRAINING_FILE, read_progress};
 pub use tokenizer::{Part, Residue, Tokenizer};
-pub use trainable::{Evaluation, Forward, Samples, Trainable, Update};
+pub use trainable::{Advice, Evaluation, Forward, Samples, Trainable, Update};
 pub use trainer::{Outcome, Trainer};

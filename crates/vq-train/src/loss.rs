@@ -101,6 +101,7 @@ mod tests {
             codes: Codes { levels: Vec::new() },
             codebook_loss: Tensor::new(codebook, &device).unwrap(),
             commitment_loss: commitment.clone(),
+            commitment_losses: Vec::new(),
             entropy_loss: None,
             z_e: Vec::new(),
         }

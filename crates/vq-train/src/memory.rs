@@ -43,7 +43,6 @@ impl Tokenizer {
         let levels = self.model().config().levels.iter().zip(grids);
         let vectors: usize = levels.map(|(level, [h, w])| h * w * level.quantizer.dim).sum();
         let image = train.shape().pixels() as u64;
-        let held = |costly: bool, len: usize| if costly { 0 } else { len as u64 * image };
         Ok(MemoryEstimate {
             parameters: parameters as u64 * copies * VALUE,
             // z_e of every part, all of them joined, and a copy that the update works on.
@@ -51,7 +50,7 @@ impl Tokenizer {
                 + (3 * config.batch_size * vectors) as u64 * VALUE,
             // Those in the queue, the one that is trained on, and the one that is being made.
             batches: (config.prefetch as u64 + 2) * config.batch_size as u64 * image * VALUE,
-            data: held(train.is_costly(), train.len()) + held(test.is_costly(), test.len()),
+            data: (train.held_bytes() + test.held_bytes()) as u64,
         })
     }
 }

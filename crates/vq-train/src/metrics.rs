@@ -166,18 +166,52 @@ impl Usage {
         self.by_codebook().map(|counts| entropy(counts).map_or(0.0, f64::exp)).collect()
     }
 
-    /// Whether a codebook has collapsed: under a tenth of its codes in use, or a perplexity under a
-    /// twentieth of their number. An empty histogram has not.
+    /// Whether a codebook has collapsed: of the codes that so many draws would have reached if all were
+    /// equally frequent, under a tenth are in use, or the perplexity is under a twentieth of them. An empty
+    /// histogram has not.
     pub fn has_collapsed(&self) -> bool {
         self.by_codebook().any(|counts| {
-            let size = counts.len();
-            let used = counts.iter().filter(|&&count| count > 0).count();
+            let used = counts.iter().filter(|&&count| count > 0).count() as f64;
             let perplexity = entropy(counts).map_or(0.0, f64::exp);
-            size > 1
-                && used > 0
-                && (used == 1 || used * 10 < size || perplexity * 20.0 < size as f64)
+            let reachable = reachable(counts);
+            // One code in use tells nothing until two would be all but certain.
+            (used <= 1.0 && reachable > 1.9)
+                || used * 10.0 < reachable
+                || (reachable > 1.9 && perplexity * 20.0 < reachable)
         })
     }
+}
+
+/// How many of the K codes as many draws as were counted reach on average if all are equally frequent:
+/// K·(1 − (1 − 1/K)ⁿ).
+pub(crate) fn reachable(counts: &[u64]) -> f64 {
+    let (size, draws) = (counts.len() as f64, counts.iter().sum::<u64>() as f64);
+    match counts.len() {
+        0 => 0.0,
+        1 => draws.min(1.0),
+        _ => -size * (draws * (-1.0 / size).ln_1p()).exp_m1(),
+    }
+}
+
+/// The name of a figure of a level: those above the bottom have its number behind them.
+pub(crate) fn level_name(name: &str, level: usize) -> String {
+    if level == 0 { name.to_owned() } else { format!("{name}.{level}") }
+}
+
+/// Whether a figure, of whatever level, is about the codebooks and not a term of the loss.
+pub fn is_codebook_figure(name: &str) -> bool {
+    const FIGURES: [&str; 9] = [
+        "perplexity",
+        "codes_in_use",
+        "dead_codes",
+        "code_distance",
+        "code_spread",
+        "code_spacing",
+        "duplicate_codes",
+        "drift",
+        "revived",
+    ];
+    FIGURES.contains(&name.split(['.', '/']).next().unwrap_or(name))
 }
 
 /// The entropy of the frequencies in nats; none if nothing was counted.
@@ -211,7 +245,7 @@ mod tests {
     fn collapse_is_a_matter_of_share() {
         let mut usage = Usage::new(512);
         assert!(!usage.has_collapsed());
-        usage.count(&[0, 1, 2, 3, 4, 5, 6]);
+        usage.count(&[0, 1, 2, 3, 4, 5, 6].repeat(100));
         assert!(usage.has_collapsed());
         usage.count(&(0..300).collect::<Vec<u32>>());
         assert!(!usage.has_collapsed());
@@ -219,6 +253,33 @@ mod tests {
         skewed.count(&(0..512).collect::<Vec<u32>>());
         skewed.counts[0] = 1_000_000;
         assert!(skewed.has_collapsed());
+    }
+
+    /// Few draws from a large codebook cannot have used much of it.
+    #[test]
+    fn collapse_is_judged_by_what_the_draws_could_reach() {
+        let size = 262_144_u32;
+        let draws = |distinct: u32| -> Usage {
+            let mut usage = Usage::new(size as usize);
+            let codes = (0..10_000_u32).map(|i| (i % distinct).wrapping_mul(26_003) % size);
+            usage.count(&codes.collect::<Vec<u32>>());
+            usage
+        };
+        assert!(!draws(9_800).has_collapsed());
+        assert!(draws(50).has_collapsed());
+        let mut few = Usage::new(512);
+        few.count(&[3]);
+        assert!(!few.has_collapsed(), "one draw uses one code");
+        few.count(&[3; 20]);
+        assert!(few.has_collapsed());
+        let mut two = Usage::new(2);
+        two.count(&[1, 1]);
+        assert!(!two.has_collapsed());
+        let mut one = Usage::new(1);
+        one.count(&[0; 9]);
+        assert!(!one.has_collapsed());
+        // K = n: 1 − 1/e of the codes, as K grows.
+        assert!((reachable(&vec![1; 10_000]) / 10_000.0 - 0.632_14).abs() < 1e-4);
     }
 
     #[test]

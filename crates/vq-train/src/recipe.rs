@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
-use vq_data::{OnBroken, OpenOptions, Source, Splits};
+use vq_data::{Indexing, OnBroken, OpenOptions, Source, Splits};
 use vq_model::{CodebookRule, Config, Precision};
 
 use crate::{Error, Result, Schedule};
@@ -212,17 +212,28 @@ impl Recipe {
 }
 
 impl DataConfig {
-    /// Opens the data in the size that a model wants, and checks it whole.
+    /// Opens the data in the size that a model wants, and checks it; see [`vq_data::open`]. What is found
+    /// out about a folder is kept in [`vq_data::cache_dir`].
     pub fn open(&self, image_size: [usize; 2]) -> Result<Splits> {
+        self.open_watched(image_size, &|_| ())
+    }
+
+    /// The same; tells `watch`, from several threads, how far the indexing of a folder is.
+    pub fn open_watched(
+        &self,
+        image_size: [usize; 2],
+        watch: &(dyn Fn(Indexing) + Sync),
+    ) -> Result<Splits> {
         let options = OpenOptions {
             size: image_size,
             data_dir: self.dir.clone(),
             on_broken: self.on_broken,
             train_count: self.train_count,
             test_count: self.test_count,
+            cache_dir: vq_data::cache_dir(),
             ..OpenOptions::default()
         };
-        Ok(vq_data::open(&self.source, &options)?)
+        Ok(vq_data::open_watched(&self.source, &options, watch)?)
     }
 
     fn validate(&self) -> Result<()> {

@@ -14,7 +14,7 @@ use crate::{Best, EpochRecord, Error, Metrics, Result, Usage};
 pub const TRAINING_FILE: &str = "training.safetensors";
 
 /// The newest version of the training state that this crate reads, and the one that it writes.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// Where a run is. Positions decide everything: orders, flips, revivals and learning rates are
 /// functions of the seed and the position, so there is no other generator state to keep.
@@ -37,6 +37,9 @@ pub struct Progress {
     pub prepared: bool,
     /// Whether a collapse has been reported.
     pub collapse_reported: bool,
+    /// What advice on the codebooks was given, so that none is given twice.
+    #[serde(default)]
+    pub advised: Vec<String>,
     /// Sums over the current epoch.
     pub running: Running,
     /// The best evaluation so far.
@@ -55,6 +58,9 @@ pub struct Running {
     pub sums: Metrics,
     /// Codes, one histogram per level.
     pub usage: Vec<Usage>,
+    /// Codes that were revived, over all levels.
+    #[serde(default)]
+    pub revived: u64,
 }
 
 impl Progress {
@@ -68,6 +74,7 @@ impl Progress {
             batches_per_epoch,
             prepared: false,
             collapse_reported: false,
+            advised: Vec::new(),
             running: Running::default(),
             best: None,
             history: Vec::new(),
@@ -171,5 +178,8 @@ fn progress(path: &Path, bytes: &[u8]) -> Result<Progress> {
         let cause = format!("its format {version} is newer than this program's {VERSION}");
         return Err(Error::damaged(path, cause));
     }
-    serde_json::from_str(json).map_err(|error| Error::damaged(path, error))
+    let progress: Progress =
+        serde_json::from_str(json).map_err(|error| Error::damaged(path, error))?;
+    // What an earlier version lacks has been filled in.
+    Ok(Progress { version: VERSION, ..progress })
 }

@@ -7,14 +7,15 @@ use std::sync::atomic::AtomicBool;
 
 use candle_core::{Device, Tensor, Var};
 use vq_data::{Batch, Dataset, Loader, LoaderOptions, Splits};
-use vq_model::{CodebookRule, CodebookUpdate, Codes, Config, TrainingStep, VqVae};
+use vq_model::{CodebookUpdate, Codes, Config, QuantizerKind, TrainingStep, VqVae};
 
 use crate::evaluate::{count_codes, data_normalization, empty_usage};
 use crate::loss::Loss;
+use crate::metrics::level_name;
 use crate::recipe_toml::first_difference;
 use crate::{
-    Error, EvaluateOptions, Evaluation, Forward, Recipe, Result, TrainConfig, Trainable, Update,
-    evaluate,
+    Advice, EpochRecord, Error, EvaluateOptions, Evaluation, Forward, Recipe, Result, TrainConfig,
+    Trainable, Update, doctor, evaluate,
 };
 
 /// A VQ-VAE with its data and its loss.
@@ -85,6 +86,14 @@ impl Tokenizer {
     /// Variance of the training pixels in [0, 1].
     pub fn variance(&self) -> f64 {
         self.variance
+    }
+
+    /// The name of the mean distance between vectors and codes, where the commitment loss tells it: with
+    /// the kind `residual` that is a sum over the stages.
+    fn distance_name(&self, level: usize) -> Option<String> {
+        let config = self.model.config().levels.get(level)?;
+        let is_one = config.quantizer.kind != QuantizerKind::Residual;
+        is_one.then(|| level_name("code_distance", level))
     }
 
     /// Vectors that each level quantizes in a step.
@@ -177,7 +186,13 @@ impl Trainable for Tokenizer {
         let images = batch.images.to_device(self.model.device())?;
         let step = TrainingStep { seed: self.config.seed, step, first_image: batch.first };
         let output = self.model.forward_training(&images, step)?;
-        let (loss, terms) = self.loss.of(&output, &images)?;
+        let (loss, mut terms) = self.loss.of(&output, &images)?;
+        for (level, commitment) in output.commitment_losses.iter().enumerate() {
+            if let Some(name) = self.distance_name(level) {
+                let dim = self.model.quantizer(level)?.dim() as f64;
+                terms.set(&name, (f64::from(commitment.to_scalar::<f32>()?) * dim).sqrt());
+            }
+        }
         let mut usage = empty_usage(&self.model);
         count_codes(&mut usage, &output.codes.levels)?;
         let residue = Residue { z_e: output.z_e, codes: output.codes };
@@ -233,38 +248,30 @@ impl Trainable for Tokenizer {
         concerns
     }
 
+    fn notices(&self) -> Vec<String> {
+        let broken = self.datasets().into_iter().flat_map(|dataset| dataset.take_broken());
+        broken.map(|file| format!("cannot decode {file}; another image takes its place")).collect()
+    }
+
+    fn codebooks(&self) -> Result<Vec<Vec<Tensor>>> {
+        let copies = |level: usize| -> Result<Vec<Tensor>> {
+            let codebooks = self.model.quantizer(level)?.codebooks()?;
+            // The model's own move on.
+            let copy = |codebook: &Tensor| Ok(codebook.to_device(&Device::Cpu)?.copy()?);
+            codebooks.iter().map(copy).collect()
+        };
+        (0..self.model.config().levels.len()).map(copies).collect()
+    }
+
+    fn advise(&self, record: &EpochRecord, is_late: bool) -> Vec<Advice> {
+        doctor::advise(self.model.config(), &self.config, record, is_late)
+    }
+
     fn collapse_advice(&self, level: usize) -> String {
-        let key = format!("model.levels.{level}.quantizer");
-        let quantizer = self.model.config().levels.get(level).map(|level| &level.quantizer);
-        if let Some(quantizer) = quantizer.filter(|quantizer| !quantizer.kind.has_key("rule")) {
-            return if quantizer.kind.has_key("entropy_weight") {
-                format!(
-                    "try a lower train.beta, such as 0.25, a higher {key}.entropy_weight or \
-                     {key}.diversity, or a lower train.lr"
-                )
-            } else {
-                format!(
-                    "try a lower train.lr, a longer train.warmup_steps, or fewer codes of {key}"
-                )
-            };
+        match self.model.config().levels.get(level) {
+            Some(config) => doctor::mend_usage(level, &config.quantizer, &self.config),
+            None => String::new(),
         }
-        let mut advice = Vec::new();
-        if quantizer.is_some_and(|quantizer| quantizer.rule == CodebookRule::Gradient) {
-            advice.push(format!("{key}.rule = \"ema\""));
-        }
-        if self.config.kmeans.rounds == 0 {
-            advice.push("train.kmeans.rounds = 10".to_owned());
-        }
-        if self.config.revival.threshold == 0.0 {
-            advice.push("train.revival.threshold = 0.1".to_owned());
-        }
-        if advice.is_empty() {
-            return format!(
-                "revival may still mend it; otherwise try a lower train.lr, a longer \
-                 train.warmup_steps, a lower {key}.decay or a smaller {key}.codebook_size"
-            );
-        }
-        format!("set {}, as in the recipe cifar10", advice.join(", "))
     }
 
     fn save(&self, folder: &Path) -> Result<()> {

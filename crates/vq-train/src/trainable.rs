@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use candle_core::{Tensor, Var};
 
-use crate::{Metrics, Result, Usage};
+use crate::{EpochRecord, Metrics, Result, Usage};
 
 /// A model with its data and its loss: a [`Tokenizer`](crate::Tokenizer), or a prior over its codes, a
 /// [`PriorTask`](crate::PriorTask).
@@ -68,6 +68,23 @@ pub trait Trainable {
         Vec::new()
     }
 
+    /// What the user should know of the data that was read since this was last asked; one message each.
+    fn notices(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// The code vectors of every level's codebooks, `[K,D]` each, copied to the CPU: for the figures of an
+    /// epoch. None of a level whose codes are implicit.
+    fn codebooks(&self) -> Result<Vec<Vec<Tensor>>> {
+        Ok(Vec::new())
+    }
+
+    /// What the figures of an epoch ask for; `is_late` in the second half of the run.
+    fn advise(&self, record: &EpochRecord, is_late: bool) -> Vec<Advice> {
+        let _ = (record, is_late);
+        Vec::new()
+    }
+
     /// What to try when the codebook of a level has collapsed.
     fn collapse_advice(&self, level: usize) -> String {
         format!("try a smaller codebook at level {level}")
@@ -78,6 +95,15 @@ pub trait Trainable {
 
     /// Takes the model from a folder that [`save`](Self::save) wrote. Changes nothing on an error.
     fn load(&mut self, folder: &Path) -> Result<()>;
+}
+
+/// What could be better, and how.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Advice {
+    /// Which advice it is, e.g. `drift.0`: each is given once in a run.
+    pub key: String,
+    /// What is the matter and which keys of the recipe to change.
+    pub message: String,
 }
 
 /// What one batch gives.

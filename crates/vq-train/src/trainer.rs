@@ -1,6 +1,7 @@
 //! The training loop.
 
 mod accumulate;
+mod codebooks;
 mod persist;
 mod report;
 
@@ -9,9 +10,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
+use candle_core::Tensor;
+
 use self::accumulate::Learned;
 use self::report::{COLLAPSE_WINDOW, Clock, emit};
-use crate::evaluate::usage_metrics;
 use crate::optimizer::{Optimizer, clip_scale, gradient_norm};
 use crate::schedule::learning_rate;
 use crate::state::Progress;
@@ -30,6 +32,8 @@ pub struct Trainer<T: Trainable> {
     stop: Arc<AtomicBool>,
     progress: Progress,
     optimizer: Optimizer,
+    /// The codebooks at the end of the epoch before, or where the first one started.
+    codebooks: Vec<Vec<Tensor>>,
     resumed_from: Option<PathBuf>,
     last_checkpoint: Option<PathBuf>,
     /// Steps and epochs done at the last checkpoint.
@@ -60,6 +64,7 @@ impl<T: Trainable> Trainer<T> {
             stop: Arc::default(),
             progress: Progress::new(config.seed, task.batches_per_epoch()),
             optimizer: Optimizer::new(task.parameters(), config)?,
+            codebooks: Vec::new(),
             resumed_from: None,
             last_checkpoint: None,
             saved_at: None,
@@ -148,7 +153,9 @@ impl<T: Trainable> Trainer<T> {
         self.progress.step = step;
         self.progress.batch += 1;
         self.progress.running.add(examples, &terms, &usage);
+        self.progress.running.revived += update.revived as u64;
         self.emit_step(&terms, &usage, lr, norm, update.revived, examples)?;
+        self.report_notices()?;
         if self.progress.batch == COLLAPSE_WINDOW {
             let seen = self.progress.running.usage.clone();
             self.report_collapse(&seen)?;
@@ -170,8 +177,10 @@ impl<T: Trainable> Trainer<T> {
             if evaluation.is_none() {
                 return Ok(false);
             }
+            self.report_notices()?;
         }
-        let is_best = self.note_epoch(evaluation.as_ref());
+        let figures = self.epoch_figures()?;
+        let is_best = self.note_epoch(figures, evaluation.as_ref());
         let usage = std::mem::take(&mut self.progress.running).usage;
         if let Some(record) = self.progress.history.last() {
             let event = Event::EpochFinished(EpochFinished {
@@ -188,19 +197,20 @@ impl<T: Trainable> Trainer<T> {
             emit(&mut self.observers, &event)?;
         }
         self.report_collapse(&usage)?;
+        self.report_advice()?;
         self.save(is_best)?;
         Ok(true)
     }
 
     /// Moves on to the next epoch; whether this one was the best.
-    fn note_epoch(&mut self, evaluation: Option<&Evaluation>) -> bool {
+    fn note_epoch(&mut self, train: Metrics, evaluation: Option<&Evaluation>) -> bool {
         let progress = &mut self.progress;
         progress.epoch += 1;
         progress.batch = 0;
         progress.history.push(EpochRecord {
             epoch: progress.epoch,
             step: progress.step,
-            train: usage_metrics(progress.running.means(), &progress.running.usage),
+            train,
             test: evaluation.map(|evaluation| evaluation.metrics.clone()),
         });
         let best = progress.best.as_ref().map_or(f64::NEG_INFINITY, |best| best.score);
@@ -240,6 +250,7 @@ impl<T: Trainable> Trainer<T> {
             // Averages start at the prepared parameters.
             self.optimizer = Optimizer::new(self.task.parameters(), &self.config)?;
             self.progress.prepared = true;
+            self.codebooks = self.task.codebooks()?;
         }
         Ok(())
     }

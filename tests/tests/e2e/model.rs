@@ -121,6 +121,10 @@ fn inspect_says_what_is_there() {
         "multiply-adds",
         "step 24: 2 epochs and 0 of 12 batches done",
         "codes_in_use",
+        "codebook 0    lengths",
+        "duplicates",
+        "drift",
+        "code_distance",
         "circle",
     ] {
         assert!(said.out.contains(part), "`{part}` is missing: {said:?}");
@@ -129,6 +133,8 @@ fn inspect_says_what_is_there() {
     let record: Value = serde_json::from_str(&said.out).unwrap();
     assert_eq!(record["config"]["levels"][0]["quantizer"]["codebook_size"], 16);
     assert!(record["parameters"].as_u64().unwrap() > 500);
+    assert_eq!(record["codebooks"][0][0]["codes"], 16);
+    assert!(record["advice"].is_array());
 
     // A model alone, as other programs are given it.
     let folder = tempfile::tempdir().unwrap();

@@ -84,6 +84,8 @@ fn newest(folder: &Path) -> SystemTime {
 pub(crate) fn vq(folder: &Path) -> Command {
     let mut command = Command::new(binary());
     command.current_dir(folder).env("RUST_BACKTRACE", "1").env_remove("RUST_LOG");
+    // Not into the user's own.
+    command.env("VQ_CACHE_DIR", folder.join(".cache"));
     command.stdin(Stdio::null());
     command
 }

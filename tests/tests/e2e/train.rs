@@ -151,9 +151,20 @@ fn a_folder_of_images_is_trained_on_and_broken_ones_are_named() {
         }
     }
     fs::write(classes[0].join("text.png"), "this is no picture").unwrap();
+    // Right at its start and its end.
+    let spoilt = classes[1].join("5.png");
+    let mut bytes = fs::read(&spoilt).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 8].fill(0xa5);
+    fs::write(&spoilt, bytes).unwrap();
     let args = train("run", &["--data=folder:photos", "--epochs=1"]);
     let said = succeed(folder.path(), args);
     assert!(said.err.contains("text.png"), "{said:?}");
+    assert!(said.err.contains("cannot decode") && said.err.contains("5.png"), "{said:?}");
+    let said = succeed(folder.path(), train("again", &["--data=folder:photos", "--epochs=1"]));
+    assert!(said.err.contains("taking another image"), "{said:?}");
+    let model = |run: &str| fs::read(folder.path().join(run).join("last/model.safetensors"));
+    assert_eq!(model("run").unwrap(), model("again").unwrap());
     let config: Value = read_json(&folder.path().join("run/last/config.json"));
     assert_eq!(config["class_names"], serde_json::json!(["cats", "dogs"]));
 }

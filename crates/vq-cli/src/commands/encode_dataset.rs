@@ -13,7 +13,7 @@ use vq_train::{model_hash, resolve_model};
 
 use super::encode::{BATCH, EncodeArgs, normalization};
 use crate::cli::LogFormat;
-use crate::data_args::{Split, trained_on};
+use crate::data_args::{self, Split, trained_on};
 use crate::error::Result;
 use crate::output;
 
@@ -26,10 +26,7 @@ pub(crate) fn run(args: &EncodeArgs, split: Split, format: LogFormat) -> Result<
     let model = args.compute.load(&folder, &device)?;
     let mut data = trained_on(&folder)?.unwrap_or_default();
     args.data.apply(&mut data);
-    let splits = data.open(model.config().image_size)?;
-    for note in &splits.notes {
-        output::note(format, note)?;
-    }
+    let splits = data_args::open(&data, model.config().image_size, format)?;
     let dataset = split.of(&splits);
     let out = args.out.as_deref().unwrap_or(Path::new("codes"));
     let manifest =
@@ -74,6 +71,7 @@ pub(crate) fn run(args: &EncodeArgs, split: Split, format: LogFormat) -> Result<
         }
     }
     writer.finish()?;
+    data_args::name_broken(dataset.as_ref(), format)?;
     report(&model, out, dataset.as_ref(), bytes, format)
 }
 

@@ -10,7 +10,7 @@ use vq_train::{EvaluateOptions, Evaluation, evaluate, resolve_model};
 
 use crate::cli::LogFormat;
 use crate::compute::ComputeArgs;
-use crate::data_args::{DataArgs, Split, trained_on};
+use crate::data_args::{self, DataArgs, Split, trained_on};
 use crate::error::{Error, Result};
 use crate::observers::{save_samples, save_usage};
 use crate::{file, output};
@@ -53,10 +53,7 @@ pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
     let model = args.compute.load(&folder, &device)?;
     let mut data = trained_on(&folder)?.unwrap_or_default();
     args.data.apply(&mut data);
-    let splits = data.open(model.config().image_size)?;
-    for note in &splits.notes {
-        output::note(format, note)?;
-    }
+    let splits = data_args::open(&data, model.config().image_size, format)?;
     let dataset = args.split.of(&splits);
     let options = EvaluateOptions {
         batch_size: args.batch_size,
@@ -66,6 +63,7 @@ pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
     };
     let evaluation = evaluate(&model, dataset, options)?
         .ok_or_else(|| Error::other("the evaluation was stopped"))?;
+    data_args::name_broken(dataset.as_ref(), format)?;
     if let Some(out) = &args.out {
         pictures(out, &evaluation)?;
     }

@@ -5,14 +5,19 @@ use std::path::PathBuf;
 use candle_core::Device;
 use clap::Args;
 use serde_json::{Value, json};
-use vq_model::{QuantizerConfig, QuantizerKind, VqVae};
-use vq_train::{Progress, TRAINING_FILE, read_progress, resolve_model};
+use vq_model::{CodebookGeometry, QuantizerConfig, QuantizerKind, VqVae};
+use vq_train::{
+    Advice, EpochRecord, Metrics, Progress, TRAINING_FILE, TrainConfig, doctor, read_progress,
+    resolve_model,
+};
 
 use crate::cli::LogFormat;
+use crate::data_args::trained_with;
 use crate::error::Result;
 use crate::output;
 
-/// Show what is in a checkpoint: architecture, size, normalisation, codebook use, training state.
+/// Show what is in a checkpoint: architecture, size, normalisation, codebooks and their use, training
+/// state, and what could be better about the codebooks.
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
     /// A run's folder (its best checkpoint), a checkpoint's (RUN/last) or a model's.
@@ -25,7 +30,11 @@ pub(crate) fn run(args: &InspectArgs, format: LogFormat) -> Result<()> {
     let model = VqVae::from_pretrained(&folder, &Device::Cpu)?;
     let progress =
         if folder.join(TRAINING_FILE).is_file() { Some(read_progress(&folder)?) } else { None };
+    let codebooks = codebooks(&model)?;
+    let train = trained_with(&folder).ok().flatten().map(|recipe| recipe.train).unwrap_or_default();
+    let advice = advice(&model, &train, progress.as_ref())?;
     if format == LogFormat::Json {
+        let lists = codebooks.iter().map(|level| level.iter().map(geometry).collect());
         return output::line(json!({
             "event": "inspected",
             "path": folder,
@@ -34,15 +43,75 @@ pub(crate) fn run(args: &InspectArgs, format: LogFormat) -> Result<()> {
             "buffers": count(model.buffers()),
             "multiply_adds": model.multiply_adds()?,
             "bits_per_image": model.config().bits_per_image(),
+            "codebooks": lists.collect::<Vec<Vec<Value>>>(),
+            "advice": advice.iter().map(|advice| &advice.message).collect::<Vec<_>>(),
             "training": progress.as_ref().map(state),
         }));
     }
     output::line(format!("{}\n", folder.display()))?;
     describe(&model)?;
+    describe_codebooks(&codebooks)?;
     match &progress {
-        Some(progress) => training(progress),
-        None => output::line("training      no training state: a model to use, not to resume"),
+        Some(progress) => training(progress)?,
+        None => output::line("training      no training state: a model to use, not to resume")?,
     }
+    advice.iter().try_for_each(|advice| output::line(format!("advice        {}", advice.message)))
+}
+
+/// Of every level, of every codebook.
+fn codebooks(model: &VqVae) -> Result<Vec<Vec<CodebookGeometry>>> {
+    let level = |level: usize| -> Result<Vec<CodebookGeometry>> {
+        let codebooks = model.quantizer(level)?.codebooks()?;
+        Ok(codebooks.iter().map(CodebookGeometry::of).collect::<vq_model::Result<_>>()?)
+    };
+    (0..model.config().levels.len()).map(level).collect()
+}
+
+fn describe_codebooks(levels: &[Vec<CodebookGeometry>]) -> Result<()> {
+    for (level, codebooks) in levels.iter().enumerate() {
+        for (index, codebook) in codebooks.iter().enumerate() {
+            let name =
+                if codebooks.len() > 1 { format!("{level}.{index}") } else { level.to_string() };
+            let CodebookGeometry { norms, nearest, spread, duplicates, compared, codes } = codebook;
+            let part =
+                if compared < codes { format!(" ({compared} compared)") } else { String::new() };
+            output::line(format!(
+                "codebook {name:<4} lengths {:.3} to {:.3}, spread {spread:.3}; nearest other code at \
+                 {:.3} to {:.3}, mean {:.3}; {duplicates} duplicates{part}",
+                norms.least, norms.greatest, nearest.least, nearest.greatest, nearest.mean
+            ))?;
+        }
+    }
+    Ok(())
+}
+
+fn geometry(codebook: &CodebookGeometry) -> Value {
+    let range = |range: vq_model::Range| json!([range.least, range.mean, range.greatest]);
+    json!({
+        "codes": codebook.codes,
+        "norms": range(codebook.norms),
+        "spread": codebook.spread,
+        "nearest": range(codebook.nearest),
+        "duplicates": codebook.duplicates,
+        "compared": codebook.compared,
+    })
+}
+
+/// By the last epoch's figures, and the codebooks as they are now.
+fn advice(model: &VqVae, train: &TrainConfig, progress: Option<&Progress>) -> Result<Vec<Advice>> {
+    let last = progress.and_then(|progress| progress.history.last());
+    let mut record = last.cloned().unwrap_or(EpochRecord {
+        epoch: 0,
+        step: 0,
+        train: Metrics::new(),
+        test: None,
+    });
+    for level in 0..model.config().levels.len() {
+        let codebooks = model.quantizer(level)?.codebooks()?;
+        doctor::codebook_metrics(&mut record.train, level, &codebooks, None)?;
+    }
+    let is_late = doctor::is_late(record.epoch, train.epochs);
+    Ok(doctor::advise(model.config(), train, &record, is_late))
 }
 
 fn count(vars: &std::collections::BTreeMap<String, candle_core::Var>) -> usize {

@@ -10,7 +10,7 @@ use vq_train::{MetricsFile, Outcome, Recipe, RunFolder, Tokenizer, Trainer, avai
 
 use crate::cli::LogFormat;
 use crate::compute::{self, ComputeArgs};
-use crate::data_args::DataArgs;
+use crate::data_args::{self, DataArgs};
 use crate::error::Result;
 use crate::observers::{Pictures, Reporter, Subject};
 use crate::stop::Stop;
@@ -140,10 +140,7 @@ fn prepare(
         recipe.data.source = source;
     }
     recipe.validate()?;
-    let splits = recipe.data.open(recipe.model.image_size)?;
-    for note in &splits.notes {
-        output::note(format, note)?;
-    }
+    let splits = data_args::open(&recipe.data, recipe.model.image_size, format)?;
     if switches {
         let (name, default) = (recipes::SHAPES, recipes::DEFAULT);
         let message = format!(

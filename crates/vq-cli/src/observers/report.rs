@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
 use vq_train::{
-    EpochFinished, Event, Metrics, Observer, RunEnded, RunStarted, StepFinished, record,
+    EpochFinished, Event, Metrics, Observer, RunEnded, RunStarted, StepFinished,
+    is_codebook_figure, record,
 };
 
 use super::pace::Pace;
@@ -222,8 +223,7 @@ fn seconds(epoch: &EpochFinished<'_>) -> String {
 
 /// The loss and what it is made of; without the figures of the codebook.
 fn terms(metrics: &Metrics) -> String {
-    let is_term = |name: &str| !name.starts_with("perplexity") && !name.starts_with("codes_in_use");
-    let terms = metrics.iter().filter(|(name, value)| is_term(name) && *value != 0.0);
+    let terms = metrics.iter().filter(|(name, value)| !is_codebook_figure(name) && *value != 0.0);
     terms.map(|(name, value)| format!("{name} {value:.4}")).collect::<Vec<_>>().join("  ")
 }
 

@@ -1,10 +1,11 @@
 //! One file of codes: a head, the records, a checksum.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{Read, Write};
 use std::path::Path;
 
 use crate::Error;
+use crate::file::write_atomic;
 
 /// Marks the file and the version of its layout.
 const MAGIC: &[u8; 8] = b"VQCODES1";
@@ -20,12 +21,15 @@ pub(super) fn write(
     record: usize,
     records: &[u8],
 ) -> Result<(), Error> {
-    let mut bytes = Vec::with_capacity(records.len() + OVERHEAD);
-    bytes.extend_from_slice(&head(images, record));
-    bytes.extend_from_slice(records);
-    let checksum = crc32fast::hash(&bytes);
-    bytes.extend_from_slice(&checksum.to_le_bytes());
-    write_atomic(path, &bytes)
+    let head = head(images, record);
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(&head);
+    hasher.update(records);
+    write_atomic(path, |file| {
+        file.write_all(&head)?;
+        file.write_all(records)?;
+        file.write_all(&hasher.finalize().to_le_bytes())
+    })
 }
 
 /// Opens a shard that must hold so many images, and reads it once to check it.
@@ -71,26 +75,4 @@ fn head(images: usize, record: usize) -> [u8; HEAD] {
     head[8..12].copy_from_slice(&(images as u32).to_le_bytes());
     head[12..].copy_from_slice(&(record as u32).to_le_bytes());
     head
-}
-
-/// Writes beside `path`, syncs and renames. On an error nothing is left.
-pub(super) fn write_atomic(path: &Path, bytes: &[u8]) -> Result<(), Error> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    let temporary = path.with_file_name(format!(".tmp-{name}"));
-    let write = || {
-        let mut file = File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)?;
-        // The new name is on disk only once its folder is. Not every system can sync a folder.
-        if let Some(folder) = path.parent().filter(|_| cfg!(unix)) {
-            let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-            File::open(folder)?.sync_all()?;
-        }
-        Ok(())
-    };
-    write().map_err(|source| {
-        let _ = fs::remove_file(&temporary);
-        Error::Write { path: path.to_path_buf(), source }
-    })
 }

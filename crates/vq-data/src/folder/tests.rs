@@ -3,6 +3,9 @@ use std::fs;
 use image::{GrayImage, ImageBuffer, ImageFormat, Luma, Rgb, RgbImage, Rgba, RgbaImage};
 
 use super::*;
+use crate::picture;
+
+mod index;
 
 const RED: Rgb<u8> = Rgb([250, 10, 20]);
 
@@ -39,7 +42,7 @@ fn content(dataset: &dyn Dataset) -> Vec<([u8; 3], u32)> {
 }
 
 fn error(root: &Path, options: &OpenOptions) -> String {
-    let message = open(root, options).expect_err("must be refused").to_string();
+    let message = open(root, options, &|_| ()).expect_err("must be refused").to_string();
     assert!(!message.contains('\n'), "{message}");
     message
 }
@@ -54,7 +57,7 @@ fn classes_are_the_sorted_names_of_the_first_folders() {
     text(root.path(), "README.txt");
     text(root.path(), ".hidden/a.png");
     text(root.path(), "dogs/.DS_Store.png");
-    let splits = open(root.path(), &options()).expect("images");
+    let splits = open(root.path(), &options(), &|_| ()).expect("images");
     assert_eq!(splits.train.class_names(), ["cats", "dogs"]);
     assert_eq!(splits.notes, [""; 0]);
     let mut all = content(splits.train.as_ref());
@@ -74,7 +77,7 @@ fn a_tenth_is_held_out_by_name_and_seed() {
         png(root.path(), &format!("{i}.png"), Rgb([i, 0, 0]));
     }
     let test = |options: &OpenOptions| {
-        let splits = open(root.path(), options).expect("images");
+        let splits = open(root.path(), options, &|_| ()).expect("images");
         assert_eq!(splits.train.class_names(), [""; 0]);
         content(splits.test.as_ref())
     };
@@ -99,7 +102,8 @@ fn each_split_of_a_few_images_holds_one() {
             png(root.path(), &format!("{i}.png"), RED);
         }
         for seed in 0..20 {
-            let splits = open(root.path(), &OpenOptions { seed, ..options() }).expect("images");
+            let splits =
+                open(root.path(), &OpenOptions { seed, ..options() }, &|_| ()).expect("images");
             assert!(!splits.train.is_empty() && !splits.test.is_empty());
             let total = splits.train.len() + splits.test.len();
             assert_eq!(total, count.max(2));
@@ -117,7 +121,7 @@ fn folders_named_after_splits_are_the_splits() {
         png(root.path(), &format!("{name}/a/1.png"), Rgb([0, 0, 0]));
         png(root.path(), &format!("{name}/c/1.png"), Rgb([2, 0, 0]));
         png(root.path(), "extra/1.png", RED);
-        let splits = open(root.path(), &options()).expect("images");
+        let splits = open(root.path(), &options(), &|_| ()).expect("images");
         assert_eq!(splits.train.class_names(), ["a", "b", "c"]);
         assert_eq!(splits.test.class_names(), ["a", "b", "c"]);
         assert_eq!(content(splits.train.as_ref()), [([1, 0, 0], 1), ([2, 0, 0], 2)]);
@@ -143,7 +147,7 @@ fn broken_files_are_named_and_skipped_or_refused() {
     fs::write(root.path().join("half.png"), &whole[..whole.len() / 2]).expect("writable");
     text(root.path(), "photo.heic");
 
-    let splits = open(root.path(), &options()).expect("five images");
+    let splits = open(root.path(), &options(), &|_| ()).expect("five images");
     assert_eq!(splits.train.len() + splits.test.len(), 5);
     let names: Vec<_> = splits.broken.iter().filter_map(|b| b.path.file_name()).collect();
     assert_eq!(names, ["empty.jpg", "half.png", "photo.heic", "text.png"]);
@@ -159,7 +163,7 @@ fn broken_files_are_named_and_skipped_or_refused() {
     assert!(message.contains("none of the 4"), "{message}");
 
     let mut notes = Vec::new();
-    note_broken(&vec![splits.broken[0].clone(); 30], &mut notes);
+    note_broken("skipped ", &vec![splits.broken[0].clone(); 30], &mut notes);
     assert_eq!(notes.len(), 21);
     assert!(notes[20].contains("10 more"));
 }
@@ -182,21 +186,26 @@ fn a_link_to_a_folder_above_is_not_followed_forever() {
     png(root.path(), "a/2.png", RED);
     std::os::unix::fs::symlink(root.path(), root.path().join("a/up")).expect("writable");
     std::os::unix::fs::symlink("nowhere", root.path().join("a/gone.png")).expect("writable");
-    let splits = open(root.path(), &options()).expect("images");
+    let splits = open(root.path(), &options(), &|_| ()).expect("images");
     assert_eq!(splits.train.len() + splits.test.len(), 2);
     assert_eq!(splits.broken.len(), 1);
 }
 
 #[test]
-fn a_file_that_breaks_later_is_an_error_that_names_it() {
-    let root = folder();
-    png(root.path(), "1.png", RED);
-    png(root.path(), "2.png", RED);
-    let splits = open(root.path(), &OpenOptions { memory_limit: 0, ..options() }).expect("images");
-    text(root.path(), "1.png");
-    text(root.path(), "2.png");
-    let error = splits.train.read(0, &mut [0; 192]).expect_err("broken by now").to_string();
-    assert!(error.contains(".png is not a readable image"), "{error}");
+fn where_all_files_break_later_the_error_names_one() {
+    for (on_broken, words) in
+        [(OnBroken::Skip, "none of the 1"), (OnBroken::Refuse, ".png is not a readable image")]
+    {
+        let root = folder();
+        png(root.path(), "1.png", RED);
+        png(root.path(), "2.png", RED);
+        let options = OpenOptions { on_broken, ..options() };
+        let splits = open(root.path(), &options, &|_| ()).expect("images");
+        text(root.path(), "1.png");
+        text(root.path(), "2.png");
+        let error = splits.train.read(0, &mut [0; 192]).expect_err("broken by now").to_string();
+        assert!(error.contains(words) && error.contains(".png"), "{error}");
+    }
 }
 
 /// Every format and kind of pixel, under names that say nothing, or something wrong.
@@ -219,7 +228,7 @@ fn formats_are_told_by_content() {
     let deep = Rgb([250_u16 * 257, 10 * 257, 20 * 257]);
     let deep: ImageBuffer<Rgb<u16>, Vec<u16>> = ImageBuffer::from_pixel(9, 9, deep);
     deep.save_with_format(png("deep"), ImageFormat::Png).expect("writable");
-    let splits = open(root.path(), &options()).expect("images");
+    let splits = open(root.path(), &options(), &|_| ()).expect("images");
     assert_eq!(splits.broken, []);
     let mut all = content(splits.train.as_ref());
     all.extend(content(splits.test.as_ref()));

@@ -62,7 +62,7 @@ impl<T: Trainable> Trainer<T> {
         let parameters = self.task.parameters();
         let path = self.checkpoints.save(step, is_best, |folder| {
             self.optimizer.with_averages(parameters, || self.task.save(folder))?;
-            let tensors = self.optimizer.tensors(parameters);
+            let tensors = self.with_codebooks(self.optimizer.tensors(parameters));
             state::write(&folder.join(TRAINING_FILE), &tensors, &self.progress)
         })?;
         self.checkpoints.prune(self.config.keep_checkpoints)?;
@@ -87,6 +87,7 @@ impl<T: Trainable> Trainer<T> {
             return Err(Error::ResumeData { was: progress.batches_per_epoch, now });
         }
         self.task.load(path)?;
+        self.restore_codebooks(&tensors)?;
         let restored = Optimizer::restore(self.task.parameters(), &self.config, &tensors)?;
         self.optimizer = restored
             .map_err(|name| Error::damaged(&file, format!("tensor `{name}` does not fit")))?;

@@ -33,6 +33,11 @@ impl<T: Trainable> Trainer<T> {
         self.warn(WarningKind::Collapse, &message)
     }
 
+    /// What reading the data brought up.
+    pub(super) fn report_notices(&mut self) -> Result<()> {
+        self.task.notices().iter().try_for_each(|notice| self.warn(WarningKind::Data, notice))
+    }
+
     pub(super) fn warn(&mut self, kind: WarningKind, message: &str) -> Result<()> {
         let step = self.progress.step;
         emit(&mut self.observers, &Event::Warning(Warning { step, kind, message }))

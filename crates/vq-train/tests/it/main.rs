@@ -5,6 +5,8 @@ mod accumulate;
 #[cfg(test)]
 mod evaluate;
 #[cfg(test)]
+mod folder;
+#[cfg(test)]
 mod prior;
 #[cfg(test)]
 mod recipe;
