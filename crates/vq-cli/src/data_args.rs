@@ -6,9 +6,12 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use vq_data::{Dataset, OnBroken, Source, Splits};
+use vq_model::VqVae;
 use vq_train::{DataConfig, RECIPE_FILE, Recipe};
 
+use crate::cli::LogFormat;
 use crate::error::{Error, Result};
+use crate::output;
 
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Data")]
@@ -74,8 +77,25 @@ impl Split {
     }
 }
 
+/// The data to use a model on: that which its run was trained on, with the flags laid over it. Says what
+/// there is to say of it.
+pub(crate) fn open_for(
+    model: &VqVae,
+    folder: &Path,
+    args: &DataArgs,
+    format: LogFormat,
+) -> Result<Splits> {
+    let mut data = trained_on(folder)?.unwrap_or_default();
+    args.apply(&mut data);
+    let splits = data.open(model.config().image_size)?;
+    for note in &splits.notes {
+        output::note(format, note)?;
+    }
+    Ok(splits)
+}
+
 /// The data that the run which a checkpoint belongs to was started with.
-pub(crate) fn trained_on(folder: &Path) -> Result<Option<DataConfig>> {
+fn trained_on(folder: &Path) -> Result<Option<DataConfig>> {
     let folder = fs::canonicalize(folder).map_err(Error::read(folder))?;
     let recipe = folder.ancestors().take(3).map(|folder| folder.join(RECIPE_FILE));
     match recipe.into_iter().find(|path| path.is_file()) {

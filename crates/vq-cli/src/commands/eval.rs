@@ -10,7 +10,7 @@ use vq_train::{EvaluateOptions, Evaluation, evaluate, resolve_model};
 
 use crate::cli::LogFormat;
 use crate::compute::ComputeArgs;
-use crate::data_args::{DataArgs, Split, trained_on};
+use crate::data_args::{DataArgs, Split, open_for};
 use crate::error::{Error, Result};
 use crate::observers::{save_samples, save_usage};
 use crate::{file, output};
@@ -51,12 +51,7 @@ pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
     let device = args.compute.start()?;
     let folder = resolve_model(&args.model)?;
     let model = args.compute.load(&folder, &device)?;
-    let mut data = trained_on(&folder)?.unwrap_or_default();
-    args.data.apply(&mut data);
-    let splits = data.open(model.config().image_size)?;
-    for note in &splits.notes {
-        output::note(format, note)?;
-    }
+    let splits = open_for(&model, &folder, &args.data, format)?;
     let dataset = args.split.of(&splits);
     let options = EvaluateOptions {
         batch_size: args.batch_size,
