@@ -25,6 +25,7 @@
 //! ```
 
 mod checkpoint;
+mod compare;
 mod error;
 mod evaluate;
 mod event;
@@ -49,6 +50,9 @@ mod trainable;
 mod trainer;
 
 pub use checkpoint::{BEST, CHECKPOINTS, Checkpoints, LAST, load_model, load_prior, resolve_model};
+pub use compare::{
+    Comparison, Figures, PlannedRun, Row, RunState, Spread, Summary, Variant, Variants,
+};
 pub use error::{Error, Result};
 pub use evaluate::{EvaluateOptions, evaluate};
 pub use event::{
