@@ -159,4 +159,25 @@ mod tests {
         let error = load("cifar100").unwrap_err().to_string();
         assert!(error.contains("cifar10-paper"), "{error}");
     }
+
+    #[test]
+    fn the_embedded_variants_fit_every_recipe_at_its_bits() {
+        let variants = load_variants(COMPARE).unwrap();
+        for recipe in &EMBEDDED {
+            let base = variants.common(&load(recipe.name).unwrap()).unwrap();
+            for variant in variants.choose(&["all".to_owned()]).unwrap() {
+                let bits = variant.recipe(&base).unwrap().model.bits_per_image();
+                let difference = (bits - base.model.bits_per_image()).abs();
+                assert!(difference < 1e-6, "{} on {}: {bits}", variant.name, recipe.name);
+            }
+        }
+        // One for each kind, and those that are asked for by name.
+        let names: Vec<&str> = variants
+            .choose(&[])
+            .unwrap()
+            .into_iter()
+            .map(|variant| variant.name.as_str())
+            .collect();
+        assert_eq!(names, vq_model::QuantizerKind::ALL.map(vq_model::QuantizerKind::name));
+    }
 }

@@ -5,7 +5,8 @@
 //! or (from a [`PriorRecipe`]) a [`PriorTask`],
 //! and tells its [`Observer`]s what happens as [`Event`]s; progress bars, logs and pictures are
 //! observers, and so is the [`MetricsFile`]. A run resumes from its [`Checkpoints`] to the bit, also in
-//! the middle of an epoch. This crate prints nothing.
+//! the middle of an epoch. A [`Comparison`] plans many runs of one recipe with several quantizers, and
+//! a [`Summary`] says what came of them. This crate prints nothing.
 //!
 //! ```no_run
 //! use candle_core::Device;

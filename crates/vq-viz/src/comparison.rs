@@ -128,18 +128,18 @@ fn draw_row(
     match row.value {
         Some((mean, deviation)) => {
             page.text(&value_text(row), (columns.value_texts, y), PLAIN);
-            let deviation = deviation.unwrap_or(0.0);
-            if let (Some(from), Some(to)) = (x(mean - deviation), x(mean + deviation)) {
+            let ends = deviation.map(|deviation| (x(mean - deviation), x(mean + deviation)));
+            if let Some((Some(from), Some(to))) = ends {
                 page.rectangle((from, y - 1), (to - from + 1, 2), colour);
                 for end in [from, to] {
                     page.rectangle((end - 1, y - 7), (2, 14), colour);
                 }
             }
             if let Some(x) = x(mean) {
-                page.disc((x, y), 6, colour);
+                page.disc((x, y), 5, colour);
             }
         }
-        None => page.text("no figure yet", (columns.values + 10, y), FAINT),
+        None => page.text("no figure", (columns.values + 10, y), FAINT),
     }
     if let Some((part, whole)) = row.share {
         let share = if whole > 0.0 { (part / whole).clamp(0.0, 1.0) } else { 0.0 };
@@ -161,9 +161,13 @@ fn label(row: &Compared) -> String {
 }
 
 fn value_text(row: &Compared) -> String {
+    // Two digits suit decibels; all digits of a huge number would push everything else off the page.
+    let number = |value: f64| {
+        if value.abs() < 1e6 { format!("{value:.2}") } else { format!("{value:.2e}") }
+    };
     match row.value {
-        Some((mean, Some(deviation))) => format!("{mean:.2} ± {deviation:.2}"),
-        Some((mean, None)) => format!("{mean:.2}"),
+        Some((mean, Some(deviation))) => format!("{} ± {}", number(mean), number(deviation)),
+        Some((mean, None)) => number(mean),
         None => String::new(),
     }
 }
@@ -218,7 +222,7 @@ mod tests {
         assert!(worse.1 < better.0, "{worse:?} {better:?}");
         // 23 to 25.5 and a twentieth of that to either side take the whole width: 1 dB is 167 pixels.
         assert!((better.1 - better.0).abs_diff(167) <= 3, "{better:?}");
-        assert!(worse.1 - worse.0 <= 13, "{worse:?}");
+        assert!(worse.1 - worse.0 <= 11, "{worse:?}");
         // The baseline's line goes through the other's row.
         assert!(count(&image, PALETTE[1]) > 60);
     }
