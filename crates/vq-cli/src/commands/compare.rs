@@ -83,7 +83,7 @@ pub(crate) fn run(args: &CompareArgs, format: LogFormat) -> Result<ExitCode> {
     let variants = recipes::load_variants(&args.variants)?;
     let chosen = variants.choose(&args.quantizers)?;
     let Prepared { recipe, splits, name } =
-        training::prepare(&args.recipe, None, |recipe| args.apply(&variants, recipe), format)?;
+        training::prepare(&args.recipe, None, |recipe| args.apply(&variants, &recipe), format)?;
     let comparison = Comparison::new(recipe, &variants.baseline, &chosen, args.seeds, &args.out)?;
     // Whatever the data and the base recipe refuse is refused here, before anything is trained.
     let tokenizer = Tokenizer::new(comparison.base(), &splits, &device)?;
@@ -128,8 +128,8 @@ pub(crate) fn run(args: &CompareArgs, format: LogFormat) -> Result<ExitCode> {
 
 impl CompareArgs {
     /// Lays what all variants have in common, `--set` and then the other flags over a recipe.
-    fn apply(&self, variants: &Variants, recipe: Recipe) -> Result<Recipe> {
-        let mut recipe = self.recipe.set(variants.common(&recipe)?, Recipe::with_override)?;
+    fn apply(&self, variants: &Variants, recipe: &Recipe) -> Result<Recipe> {
+        let mut recipe = self.recipe.set(variants.common(recipe)?, Recipe::with_override)?;
         let train = &mut recipe.train;
         self.recipe.apply(&mut train.epochs, &mut train.batch_size, &mut train.lr);
         train.precision = self.compute.precision.unwrap_or(train.precision);
