@@ -78,7 +78,7 @@ fn it_trains_writes_its_tables_and_leaves_out_what_is_done() {
     for part in [
         "Data: shapes",
         "96 images",
-        "2 seeds from 0",
+        "seeds: 2 from 0 on",
         "All spend 64 bits an image.",
         "`scalar`: quantizer.kind = \"finite-scalar\" (not \"vector\"), quantizer.levels = [4, 4]",
         "train.beta = 0.25 (not ",

@@ -170,8 +170,8 @@ fn conditions(
     let base = comparison.base();
     let train = &base.train;
     format!(
-        "Data: {} ({} images), judged on {} ({}). Recipe `{recipe}`, {} epochs, batches of {}, {seeds} seeds from {}; \
-         {} on the {}.",
+        "Data: {} ({} images), judged on {} ({}). Recipe `{recipe}`, epochs: {}, images a step: {}, seeds: {seeds} \
+         from {} on; {} on the {}.",
         splits.train.name(),
         splits.train.len(),
         splits.test.name(),
