@@ -86,7 +86,11 @@ impl Summary {
             Some(worse) => {
                 let names = worse.iter().map(|(name, difference, is_clear)| {
                     let note = if *is_clear { "" } else { ", within the deviation" };
-                    format!("`{name}` (−{:.2} dB{note})", difference.abs())
+                    let size = match format!("{:.2}", difference.abs()) {
+                        zero if zero == "0.00" => "by less than 0.01".to_owned(),
+                        size => format!("−{size}"),
+                    };
+                    format!("`{name}` ({size} dB{note})")
                 });
                 let names: Vec<String> = names.collect();
                 format!("A lower PSNR than `{baseline}`: {}.", names.join(", "))
