@@ -3,7 +3,7 @@
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
-    configs, data, decode, encode, eval, inspect, reconstruct, sample, train, train_prior,
+    compare, configs, data, decode, encode, eval, inspect, reconstruct, sample, train, train_prior,
 };
 
 /// Trains, judges and uses VQ-VAE image tokenizers.
@@ -29,6 +29,7 @@ pub(crate) enum LogFormat {
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     Train(train::TrainArgs),
+    Compare(compare::CompareArgs),
     Eval(eval::EvalArgs),
     Reconstruct(reconstruct::ReconstructArgs),
     Encode(encode::EncodeArgs),

@@ -1,5 +1,6 @@
 //! One file per command.
 
+pub(crate) mod compare;
 pub(crate) mod configs;
 pub(crate) mod data;
 pub(crate) mod decode;
@@ -21,6 +22,7 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
     let format = cli.log_format;
     match &cli.command {
         Command::Train(args) => return train::run(args, format),
+        Command::Compare(args) => return compare::run(args, format),
         Command::TrainPrior(args) => return train_prior::run(args, format),
         Command::Eval(args) => eval::run(args, format)?,
         Command::Reconstruct(args) => reconstruct::run(args, format)?,

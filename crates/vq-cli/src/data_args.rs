@@ -6,6 +6,7 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use vq_data::{Dataset, OnBroken, Source, Splits};
+use vq_model::VqVae;
 use vq_train::{DataConfig, RECIPE_FILE, Recipe};
 
 use crate::cli::LogFormat;
@@ -90,6 +91,19 @@ pub(crate) fn open(data: &DataConfig, image_size: [usize; 2], format: LogFormat)
     Ok(splits)
 }
 
+/// The data to use a model on: that which its run was trained on, with the flags laid over it. Says what
+/// there is to say of it.
+pub(crate) fn open_for(
+    model: &VqVae,
+    folder: &Path,
+    args: &DataArgs,
+    format: LogFormat,
+) -> Result<Splits> {
+    let mut data = trained_on(folder)?.unwrap_or_default();
+    args.apply(&mut data);
+    open(&data, model.config().image_size, format)
+}
+
 /// Names the files that turned out to be broken while the data were read.
 pub(crate) fn name_broken(dataset: &dyn Dataset, format: LogFormat) -> Result<()> {
     dataset.take_broken().iter().try_for_each(|file| {
@@ -98,7 +112,7 @@ pub(crate) fn name_broken(dataset: &dyn Dataset, format: LogFormat) -> Result<()
 }
 
 /// The data that the run which a checkpoint belongs to was started with.
-pub(crate) fn trained_on(folder: &Path) -> Result<Option<DataConfig>> {
+fn trained_on(folder: &Path) -> Result<Option<DataConfig>> {
     Ok(trained_with(folder)?.map(|recipe| recipe.data))
 }
 

@@ -13,7 +13,9 @@ mod observers;
 mod output;
 mod progress;
 mod recipes;
+mod run_args;
 mod stop;
+mod training;
 
 use std::process::ExitCode;
 

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use vq_train::{PriorRecipe, Recipe};
+use vq_train::{PriorRecipe, Recipe, Variants};
 
 use crate::error::{Error, Result};
 
@@ -38,6 +38,12 @@ pub(crate) const EMBEDDED_PRIORS: [Embedded; 2] = [
     Embedded { name: TRANSFORMER, text: include_str!("../configs/prior-transformer.toml") },
 ];
 
+/// What `compare` compares without `--variants`.
+pub(crate) const COMPARE: &str = "compare";
+
+pub(crate) const EMBEDDED_VARIANTS: Embedded =
+    Embedded { name: COMPARE, text: include_str!("../configs/compare.toml") };
+
 impl Embedded {
     /// The comment that the file begins with, up to its first empty line, without the `#`.
     pub(crate) fn summary(&self) -> String {
@@ -65,9 +71,7 @@ pub(crate) fn load(name: &str) -> Result<Recipe> {
     if let Some(path) = path(name) {
         return Ok(Recipe::from_file(path)?);
     }
-    Err(embedded(name).err().unwrap_or_else(|| {
-        Error::other(format!("`{name}` is a recipe for priors: vq train-prior --config {name}"))
-    }))
+    Err(refused(name))
 }
 
 /// The same for a prior's.
@@ -78,14 +82,35 @@ pub(crate) fn load_prior(name: &str) -> Result<PriorRecipe> {
     if let Some(path) = path(name) {
         return Ok(PriorRecipe::from_file(path)?);
     }
-    Err(embedded(name).err().unwrap_or_else(|| {
-        Error::other(format!("`{name}` is a recipe for models: vq train --config {name}"))
-    }))
+    Err(refused(name))
+}
+
+/// The same for the variants of a comparison.
+pub(crate) fn load_variants(name: &str) -> Result<Variants> {
+    if name == COMPARE {
+        return Ok(Variants::from_toml(EMBEDDED_VARIANTS.text, "the embedded compare")?);
+    }
+    if let Some(path) = path(name) {
+        return Ok(Variants::from_file(path)?);
+    }
+    Err(refused(name))
+}
+
+/// That there is nothing of that name, or which command it is for.
+fn refused(name: &str) -> Error {
+    let is_one_of = |list: &[Embedded]| list.iter().any(|recipe| recipe.name == name);
+    let (what, usage) = match embedded(name) {
+        Err(error) => return error,
+        Ok(_) if is_one_of(&EMBEDDED) => ("a recipe for models", "vq train --config"),
+        Ok(_) if is_one_of(&EMBEDDED_PRIORS) => ("a recipe for priors", "vq train-prior --config"),
+        Ok(_) => ("for comparisons", "vq compare --variants"),
+    };
+    Error::other(format!("`{name}` is {what}: {usage} {name}"))
 }
 
 /// All of them.
 pub(crate) fn all() -> impl Iterator<Item = &'static Embedded> {
-    EMBEDDED.iter().chain(&EMBEDDED_PRIORS)
+    EMBEDDED.iter().chain(&EMBEDDED_PRIORS).chain([&EMBEDDED_VARIANTS])
 }
 
 /// The file that is meant, if one is.
@@ -126,7 +151,33 @@ mod tests {
             assert!(load(recipe.name).unwrap_err().to_string().contains("vq train-prior"));
         }
         assert!(load_prior(SHAPES).unwrap_err().to_string().contains("vq train --config"));
+        load_variants(COMPARE).unwrap();
+        for error in [load(COMPARE).unwrap_err(), load_prior(COMPARE).unwrap_err()] {
+            assert!(error.to_string().contains("vq compare --variants"), "{error}");
+        }
+        assert!(load_variants(SHAPES).unwrap_err().to_string().contains("vq train --config"));
         let error = load("cifar100").unwrap_err().to_string();
         assert!(error.contains("cifar10-paper"), "{error}");
+    }
+
+    #[test]
+    fn the_embedded_variants_fit_every_recipe_at_its_bits() {
+        let variants = load_variants(COMPARE).unwrap();
+        for recipe in &EMBEDDED {
+            let base = variants.common(&load(recipe.name).unwrap()).unwrap();
+            for variant in variants.choose(&["all".to_owned()]).unwrap() {
+                let bits = variant.recipe(&base).unwrap().model.bits_per_image();
+                let difference = (bits - base.model.bits_per_image()).abs();
+                assert!(difference < 1e-6, "{} on {}: {bits}", variant.name, recipe.name);
+            }
+        }
+        // One for each kind, and those that are asked for by name.
+        let names: Vec<&str> = variants
+            .choose(&[])
+            .unwrap()
+            .into_iter()
+            .map(|variant| variant.name.as_str())
+            .collect();
+        assert_eq!(names, vq_model::QuantizerKind::ALL.map(vq_model::QuantizerKind::name));
     }
 }

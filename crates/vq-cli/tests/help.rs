@@ -13,6 +13,7 @@ fn help_names_every_command_and_flag() {
     let all = help(&["--help"]);
     for command in [
         "train",
+        "compare",
         "eval",
         "reconstruct",
         "encode",

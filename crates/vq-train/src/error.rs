@@ -72,6 +72,22 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// A folder of a comparison holds a run of another recipe.
+    #[error(
+        "{} holds a run with another {key} (it was {was}, it is now {now}): compare with the old value, start a \
+         new comparison (--out DIR), or make its runs anew (--overwrite)", path.display()
+    )]
+    OtherRecipe {
+        /// The run folder.
+        path: PathBuf,
+        /// Dotted key.
+        key: String,
+        /// Its value in the run folder.
+        was: String,
+        /// Its value in the comparison.
+        now: String,
+    },
+
     /// There is no run to resume or to load.
     #[error("{}: {problem}", path.display())]
     NoRun {

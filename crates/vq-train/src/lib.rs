@@ -5,7 +5,8 @@
 //! or (from a [`PriorRecipe`]) a [`PriorTask`],
 //! and tells its [`Observer`]s what happens as [`Event`]s; progress bars, logs and pictures are
 //! observers, and so is the [`MetricsFile`]. A run resumes from its [`Checkpoints`] to the bit, also in
-//! the middle of an epoch. This crate prints nothing.
+//! the middle of an epoch. A [`Comparison`] plans many runs of one recipe with several quantizers, and
+//! a [`Summary`] says what came of them. This crate prints nothing.
 //!
 //! ```no_run
 //! use candle_core::Device;
@@ -25,6 +26,7 @@
 //! ```
 
 mod checkpoint;
+mod compare;
 pub mod doctor;
 mod error;
 mod evaluate;
@@ -50,6 +52,9 @@ mod trainable;
 mod trainer;
 
 pub use checkpoint::{BEST, CHECKPOINTS, Checkpoints, LAST, load_model, load_prior, resolve_model};
+pub use compare::{
+    Comparison, Figures, PlannedRun, Row, RunState, Spread, Summary, Variant, Variants,
+};
 pub use error::{Error, Result};
 pub use evaluate::{EvaluateOptions, evaluate};
 pub use event::{

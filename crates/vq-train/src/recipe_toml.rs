@@ -1,6 +1,6 @@
 //! Recipes as TOML: reading, overriding single keys, writing, comparing.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
 use serde::de::DeserializeOwned;
@@ -11,8 +11,8 @@ use vq_model::QuantizerKind;
 use crate::{Error, Recipe, Result, file};
 
 /// The table whose keys depend on its [`KIND`].
-const QUANTIZER: &str = "quantizer";
-const KIND: &str = "kind";
+pub(crate) const QUANTIZER: &str = "quantizer";
+pub(crate) const KIND: &str = "kind";
 
 /// What the data position depends on, beside the model's keys.
 const FIXED: [&str; 5] =
@@ -90,6 +90,16 @@ pub(crate) fn with_override<T: Serialize + DeserializeOwned>(
     .map_err(refuse)
 }
 
+/// A recipe with the keys of a table laid over it; `origin` is what an error calls the table.
+pub(crate) fn laid_over(recipe: &Recipe, origin: &str, over: Table) -> Result<Recipe> {
+    let mut merged = table(recipe)?;
+    merge(&mut merged, over);
+    Recipe::deserialize(merged).map_err(|error| Error::Recipe {
+        origin: origin.to_owned(),
+        problem: error.message().lines().collect::<Vec<_>>().join("; "),
+    })
+}
+
 /// A recipe that is its own default where keys are left out; `origin` is what an error calls it.
 pub(crate) fn from_toml<T: DeserializeOwned>(text: &str, origin: &str) -> Result<T> {
     toml::from_str(text).map_err(|error| Error::Recipe {
@@ -111,7 +121,7 @@ pub(crate) fn check_resume<T: Serialize>(
     fixed: impl Fn(&str) -> bool,
 ) -> Result<Vec<String>> {
     let mut changed = Vec::new();
-    for (key, was, now) in differences(&flat(was)?, &flat(now)?) {
+    for (key, was, now) in differing(was, now)?.into_iter().map(spelled) {
         if fixed(&key) {
             return Err(Error::ResumeMismatch { key, was, now });
         }
@@ -261,19 +271,21 @@ pub(crate) fn first_difference<T: Serialize>(
     was: &T,
     now: &T,
 ) -> Result<Option<(String, String, String)>> {
-    Ok(differences(&flat(was)?, &flat(now)?).into_iter().next())
+    Ok(differing(was, now)?.into_iter().next().map(spelled))
 }
 
-fn differences(
-    was: &BTreeMap<String, String>,
-    now: &BTreeMap<String, String>,
-) -> Vec<(String, String, String)> {
-    let keys: std::collections::BTreeSet<&String> = was.keys().chain(now.keys()).collect();
-    let text = |map: &BTreeMap<String, String>, key: &str| {
-        map.get(key).map_or_else(|| "absent".to_owned(), Clone::clone)
-    };
-    keys.into_iter()
-        .map(|key| (key.clone(), text(was, key), text(now, key)))
-        .filter(|(_, was, now)| was != now)
-        .collect()
+/// Every leaf that differs: its dotted key, its value in `was` and in `now`, where it is there.
+pub(crate) fn differing<T: Serialize>(was: &T, now: &T) -> Result<Vec<Difference>> {
+    let (was, now) = (flat(was)?, flat(now)?);
+    let keys: BTreeSet<&String> = was.keys().chain(now.keys()).collect();
+    let leaf = |key: &String| (key.clone(), was.get(key).cloned(), now.get(key).cloned());
+    Ok(keys.into_iter().map(leaf).filter(|(_, was, now)| was != now).collect())
+}
+
+/// A dotted key and its two values.
+pub(crate) type Difference = (String, Option<String>, Option<String>);
+
+fn spelled((key, was, now): Difference) -> (String, String, String) {
+    let text = |value: Option<String>| value.unwrap_or_else(|| "absent".to_owned());
+    (key, text(was), text(now))
 }

@@ -11,6 +11,9 @@ pub const RECIPE_FILE: &str = "config.toml";
 /// The metrics of a run, one JSON object per line.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 
+/// Why a run of a comparison failed, where it did.
+pub(crate) const FAILURE_FILE: &str = "failed.txt";
+
 /// The folder that a run writes: recipe, metrics, checkpoints, pictures.
 #[derive(Clone, Debug)]
 pub struct RunFolder {
@@ -110,9 +113,8 @@ impl RunFolder {
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             let removed = match name.as_str() {
                 CHECKPOINTS => fs::remove_dir_all(&path),
-                RECIPE_FILE | METRICS_FILE | LAST | BEST | "curves.svg" | "codebook.svg" => {
-                    fs::remove_file(&path)
-                }
+                RECIPE_FILE | METRICS_FILE | FAILURE_FILE | LAST | BEST | "curves.svg"
+                | "codebook.svg" => fs::remove_file(&path),
                 name if is_picture(name) => fs::remove_file(&path),
                 _ => Ok(()),
             };

@@ -5,8 +5,8 @@ use std::{error::Error, path::PathBuf};
 
 use candle_core::{Device, Tensor};
 use vq_viz::{
-    Panel, Series, codebook_heat_map, image_grid, save_codebook_usage, save_curves, save_png,
-    side_by_side,
+    Compared, Panel, Series, codebook_heat_map, image_grid, save_codebook_usage, save_comparison,
+    save_curves, save_png, side_by_side,
 };
 
 fn main() -> Result<(), Box<dyn Error>> {
@@ -58,6 +58,23 @@ fn main() -> Result<(), Box<dyn Error>> {
     let counts: Vec<u64> = (0..512).map(|k| (k * 199 % 512) * (k * 199 % 512) / 130).collect();
     save_codebook_usage(&folder.join("codebook.svg"), "Codebook of level 0", &counts)?;
     save_png(&codebook_heat_map(&counts, 14)?, &folder.join("codebook.png"))?;
+
+    let compared = |label: &str, value, share| Compared {
+        label: label.to_owned(),
+        value,
+        share,
+        is_baseline: label == "vector",
+    };
+    let rows = [
+        compared("vector-rotation", Some((24.91, Some(0.05))), Some((512.0, 512.0))),
+        compared("vector", Some((24.86, Some(0.11))), Some((511.7, 512.0))),
+        compared("finite-scalar", Some((24.02, Some(0.02))), Some((498.3, 512.0))),
+        compared("residual", Some((22.4, None)), Some((24.0, 24.0))),
+        compared("index-backprop", Some((19.7, Some(0.6))), Some((47.7, 512.0))),
+        compared("lookup-free", None, None),
+    ];
+    let titles = ["PSNR on the test split, dB", "codes in use"];
+    save_comparison(&folder.join("compare.png"), "Quantizers compared", titles, &rows)?;
     Ok(())
 }
 

@@ -17,7 +17,7 @@ const UNITS_PER_PIXEL: u32 = 8;
 pub(crate) const INK: RGBColor = RGBColor(34, 34, 34);
 pub(crate) const FAINT_INK: RGBColor = RGBColor(95, 95, 95);
 const AXIS: RGBColor = RGBColor(140, 140, 140);
-const MESH: RGBColor = RGBColor(228, 228, 228);
+pub(crate) const MESH: RGBColor = RGBColor(228, 228, 228);
 
 /// Colours that stay apart for most colour-blind eyes (Okabe and Ito) and on white.
 pub(crate) const PALETTE: [RGBColor; 7] = [

@@ -1,4 +1,4 @@
-//! Pictures of training: grids of images as PNG, curves and codebook usage as SVG.
+//! Pictures of training: grids of images and comparisons as PNG, curves and codebook usage as SVG.
 //!
 //! Plain tensors and numbers go in, files come out; nothing here knows of a model or of a trainer. Every file is
 //! written whole or not at all: into a temporary file in the same folder, synced, then renamed over its name.
@@ -22,14 +22,17 @@
 
 mod axis;
 mod canvas;
+mod comparison;
 mod curves;
 mod error;
 mod file;
 mod grid;
+mod raster;
 #[cfg(test)]
 mod test_svg;
 mod usage;
 
+pub use comparison::{Compared, comparison_chart, save_comparison};
 pub use curves::{Panel, Series, curves_svg, save_curves};
 pub use error::{Error, Result};
 pub use file::save_png;

@@ -3,28 +3,11 @@
 use std::fs;
 use std::os::unix::process::ExitStatusExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::support::{Said, succeed, train, vq, wait_until};
-
-/// Starts `vq ARGS…` without waiting for it.
-fn start(folder: &Path, args: &[&str]) -> Child {
-    vq(folder).args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
-}
-
-/// Steps that the metrics file holds.
-fn steps(run: &Path) -> usize {
-    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
-    text.lines().filter(|line| line.contains("\"event\":\"step\"")).count()
-}
-
-fn signal(child: &Child, name: &str) {
-    let status = Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
-    assert!(status.success());
-}
+use crate::support::{Said, signal, start, steps, succeed, train, wait_until};
 
 fn model(run: &Path) -> Vec<u8> {
     fs::read(run.join("last/model.safetensors")).unwrap()

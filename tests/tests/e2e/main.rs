@@ -3,6 +3,9 @@
 #[cfg(test)]
 mod broken;
 #[cfg(test)]
+#[cfg(unix)]
+mod compare;
+#[cfg(test)]
 mod data_errors;
 #[cfg(test)]
 mod disk;

@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
 use std::sync::OnceLock;
 use std::time::{Duration, SystemTime};
 
@@ -148,6 +148,23 @@ pub(crate) fn refused(said: &Said, parts: &[&str]) {
     for part in parts {
         assert!(errors[0].contains(part), "`{part}` is missing: {said:?}");
     }
+}
+
+/// Starts `vq ARGS…` and leaves it running.
+pub(crate) fn start(folder: &Path, args: &[&str]) -> Child {
+    vq(folder).args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
+}
+
+/// Steps that the metrics file holds.
+pub(crate) fn steps(run: &Path) -> usize {
+    let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
+    text.lines().filter(|line| line.contains("\"event\":\"step\"")).count()
+}
+
+/// Sends a signal, such as `-INT`.
+pub(crate) fn signal(child: &Child, name: &str) {
+    let status = Command::new("kill").args([name, &child.id().to_string()]).status().unwrap();
+    assert!(status.success());
 }
 
 /// `vq train` on [`TINY`].

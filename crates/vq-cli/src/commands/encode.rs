@@ -81,6 +81,18 @@ pub(crate) fn run(args: &EncodeArgs, format: LogFormat) -> Result<()> {
 
 /// The codes of all images of a data set, which is held in memory.
 pub(super) fn encode(model: &VqVae, dataset: Arc<dyn Dataset>, device: &Device) -> Result<Codes> {
+    let mut batches = Vec::new();
+    for batch in loader(model, dataset)?.epoch(0, 0) {
+        batches.push(model.encode(&batch?.images.to_device(device)?)?);
+    }
+    Ok(Codes::concat(&batches)?)
+}
+
+/// The images of a data set in their order, as they are.
+pub(super) fn loader(model: &VqVae, dataset: Arc<dyn Dataset>) -> Result<Loader> {
+    let normalization = &model.config().normalization;
+    let normalization =
+        Normalization { mean: normalization.mean.clone(), std: normalization.std.clone() };
     let options = LoaderOptions {
         batch_size: BATCH,
         shuffle: false,
@@ -88,17 +100,7 @@ pub(super) fn encode(model: &VqVae, dataset: Arc<dyn Dataset>, device: &Device) 
         drop_last: false,
         ..LoaderOptions::default()
     };
-    let mut batches = Vec::new();
-    for batch in Loader::new(dataset, normalization(model), options)?.epoch(0, 0) {
-        batches.push(model.encode(&batch?.images.to_device(device)?)?);
-    }
-    Ok(Codes::concat(&batches)?)
-}
-
-/// What the loader is to do to the pixels.
-pub(super) fn normalization(model: &VqVae) -> Normalization {
-    let normalization = &model.config().normalization;
-    Normalization { mean: normalization.mean.clone(), std: normalization.std.clone() }
+    Ok(Loader::new(dataset, normalization, options)?)
 }
 
 fn parse_count(text: &str) -> std::result::Result<usize, String> {

@@ -4,16 +4,13 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use serde_json::json;
-use vq_data::{
-    CODES_FORMAT_VERSION, CODES_ORDER, CodesLevel, CodesManifest, CodesWriter, Dataset, Loader,
-    LoaderOptions,
-};
+use vq_data::{CODES_FORMAT_VERSION, CODES_ORDER, CodesLevel, CodesManifest, CodesWriter, Dataset};
 use vq_model::{Config, VqVae};
 use vq_train::{model_hash, resolve_model};
 
-use super::encode::{BATCH, EncodeArgs, normalization};
+use super::encode::{BATCH, EncodeArgs, loader};
 use crate::cli::LogFormat;
-use crate::data_args::{self, Split, trained_on};
+use crate::data_args::{Split, name_broken, open_for};
 use crate::error::Result;
 use crate::output;
 
@@ -24,9 +21,7 @@ pub(crate) fn run(args: &EncodeArgs, split: Split, format: LogFormat) -> Result<
     let device = args.compute.start()?;
     let folder = resolve_model(&args.model)?;
     let model = args.compute.load(&folder, &device)?;
-    let mut data = trained_on(&folder)?.unwrap_or_default();
-    args.data.apply(&mut data);
-    let splits = data_args::open(&data, model.config().image_size, format)?;
+    let splits = open_for(&model, &folder, &args.data, format)?;
     let dataset = split.of(&splits);
     let out = args.out.as_deref().unwrap_or(Path::new("codes"));
     let manifest =
@@ -39,14 +34,7 @@ pub(crate) fn run(args: &EncodeArgs, split: Split, format: LogFormat) -> Result<
         output::note(format, &text)?;
     }
 
-    let options = LoaderOptions {
-        batch_size: BATCH,
-        shuffle: false,
-        flip: false,
-        drop_last: false,
-        ..LoaderOptions::default()
-    };
-    let loader = Loader::new(dataset.clone(), normalization(&model), options)?;
+    let loader = loader(&model, dataset.clone())?;
     let (start, mut said) = (Instant::now(), Instant::now());
     let batches = if first < dataset.len() { Some(loader.epoch(0, first / BATCH)) } else { None };
     for batch in batches.into_iter().flatten() {
@@ -71,7 +59,7 @@ pub(crate) fn run(args: &EncodeArgs, split: Split, format: LogFormat) -> Result<
         }
     }
     writer.finish()?;
-    data_args::name_broken(dataset.as_ref(), format)?;
+    name_broken(dataset.as_ref(), format)?;
     report(&model, out, dataset.as_ref(), bytes, format)
 }
 

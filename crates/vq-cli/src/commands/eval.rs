@@ -10,7 +10,7 @@ use vq_train::{EvaluateOptions, Evaluation, evaluate, resolve_model};
 
 use crate::cli::LogFormat;
 use crate::compute::ComputeArgs;
-use crate::data_args::{self, DataArgs, Split, trained_on};
+use crate::data_args::{DataArgs, Split, name_broken, open_for};
 use crate::error::{Error, Result};
 use crate::observers::{save_samples, save_usage};
 use crate::{file, output};
@@ -51,9 +51,7 @@ pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
     let device = args.compute.start()?;
     let folder = resolve_model(&args.model)?;
     let model = args.compute.load(&folder, &device)?;
-    let mut data = trained_on(&folder)?.unwrap_or_default();
-    args.data.apply(&mut data);
-    let splits = data_args::open(&data, model.config().image_size, format)?;
+    let splits = open_for(&model, &folder, &args.data, format)?;
     let dataset = args.split.of(&splits);
     let options = EvaluateOptions {
         batch_size: args.batch_size,
@@ -63,7 +61,7 @@ pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
     };
     let evaluation = evaluate(&model, dataset, options)?
         .ok_or_else(|| Error::other("the evaluation was stopped"))?;
-    data_args::name_broken(dataset.as_ref(), format)?;
+    name_broken(dataset.as_ref(), format)?;
     if let Some(out) = &args.out {
         pictures(out, &evaluation)?;
     }

@@ -5,16 +5,15 @@ use std::process::ExitCode;
 
 use candle_core::Device;
 use clap::{Args, ValueEnum};
-use vq_train::{
-    MetricsFile, Outcome, PriorLevel, PriorRecipe, PriorTask, RunFolder, Trainer, model_hash,
-    resolve_model,
-};
+use vq_train::{Outcome, PriorLevel, PriorRecipe, PriorTask, RunFolder, model_hash, resolve_model};
 
 use crate::cli::LogFormat;
 use crate::compute::{self, ComputeArgs};
 use crate::error::Result;
-use crate::observers::{PriorPictures, Reporter, Subject};
+use crate::observers::{PriorPictures, Subject};
+use crate::run_args::{RecipeArgs, RunArgs};
 use crate::stop::Stop;
+use crate::training::{self, Watch};
 use crate::{output, recipes};
 
 /// Train a prior over a model's codes, to draw new images from (see `vq sample`).
@@ -29,20 +28,16 @@ use crate::{output, recipes};
 /// Ctrl-C or SIGTERM finish the step, save a checkpoint and end with exit code 130 or 143, ready for
 /// --resume; a second one ends at once.
 #[derive(Debug, Args)]
+#[command(mut_arg("config", |config| config.help(CONFIG)))]
+#[command(mut_arg("out", |out| out.default_value("results-prior")))]
 #[command(after_help = "Examples:
   vq train-prior --model results --codes codes
   vq train-prior --model results --codes codes --held-out codes-test --kind transformer
   vq train-prior --model results --codes codes --level 0 --out results/bottom
   vq train-prior --resume")]
 pub(crate) struct TrainPriorArgs {
-    /// A recipe: a TOML file or the name of an embedded one (see `vq configs`) [default: that of the
-    /// --kind, prior-pixelcnn or prior-transformer].
-    #[arg(long, value_name = "FILE|NAME")]
-    config: Option<String>,
-
-    /// Set any key of the recipe; may be given several times, and comes before the flags below.
-    #[arg(long = "set", value_name = "KEY=VALUE")]
-    overrides: Vec<String>,
+    #[command(flatten)]
+    recipe: RecipeArgs,
 
     /// The model that made the codes: a run's folder (its best checkpoint), a checkpoint's or a model's
     /// [default: the recipe's, results].
@@ -65,38 +60,16 @@ pub(crate) struct TrainPriorArgs {
     #[arg(long, value_name = "LEVEL")]
     level: Option<PriorLevel>,
 
-    /// Passes over the codes [default: the recipe's].
-    #[arg(long, value_name = "N")]
-    epochs: Option<usize>,
-
-    /// Images per step [default: the recipe's].
-    #[arg(long, alias = "batch_size", value_name = "N")]
-    batch_size: Option<usize>,
-
-    /// The highest learning rate [default: the recipe's].
-    #[arg(long, value_name = "RATE")]
-    lr: Option<f64>,
-
-    /// Decides the initial weights, the order of the images, dropout and the samples in the pictures
-    /// [default: the recipe's].
-    #[arg(long, value_name = "N")]
-    seed: Option<u64>,
-
-    /// The run folder.
-    #[arg(long, default_value = "results-prior", value_name = "FOLDER")]
-    out: PathBuf,
-
-    /// Go on with the run in --out from its newest checkpoint, with its own recipe.
-    #[arg(long, conflicts_with = "overwrite")]
-    resume: bool,
-
-    /// Replace the run in --out, if there is one.
-    #[arg(long)]
-    overwrite: bool,
+    #[command(flatten)]
+    run: RunArgs,
 
     #[command(flatten)]
     compute: ComputeArgs,
 }
+
+/// Where the default is not simply that of the recipe.
+const CONFIG: &str = "A recipe: a TOML file or the name of an embedded one (see `vq configs`) [default: that of \
+    the --kind, prior-pixelcnn or prior-transformer]";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Kind {
@@ -107,10 +80,7 @@ enum Kind {
 pub(crate) fn run(args: &TrainPriorArgs, format: LogFormat) -> Result<ExitCode> {
     let stop = Stop::listen()?;
     let device = args.compute.start()?;
-    let resumed = if args.resume { Some(RunFolder::open(&args.out)?) } else { None };
-    if !args.resume && !args.overwrite {
-        RunFolder::require_free(&args.out)?;
-    }
+    let resumed = args.run.resumed()?;
     let mut recipe = args.recipe(resumed.as_ref())?;
     let folder = resolve_model(&recipe.data.model)?;
     let model = args.compute.load(&folder, &device)?;
@@ -118,7 +88,7 @@ pub(crate) fn run(args: &TrainPriorArgs, format: LogFormat) -> Result<ExitCode> 
 
     // Last, so that nothing is left behind (or cleared away) where anything of the above is refused.
     let run = match resumed {
-        None => RunFolder::create_prior(&args.out, &recipe, args.overwrite)?,
+        None => RunFolder::create_prior(&args.run.out, &recipe, args.run.overwrite)?,
         Some(run) => {
             for change in recipe.check_resume(&run.prior_recipe()?)? {
                 output::note(format, &format!("resuming with another {change}"))?;
@@ -128,18 +98,12 @@ pub(crate) fn run(args: &TrainPriorArgs, format: LogFormat) -> Result<ExitCode> 
     };
     describe(&recipe, &task, &device, format)?;
     let train = recipe.train.resolve();
-    let mut trainer = Trainer::new(task, &train, run.path())?
-        .with_observer(MetricsFile::new(run.metrics_file(), train.log_every))
-        .with_observer(PriorPictures::new(&run))
-        .with_observer(Reporter::new(format, train.log_every, Subject::Prior))
-        .with_stop_flag(stop.flag.clone());
-    if args.resume {
+    let watch = Watch { format, stop: &stop, subject: Subject::Prior };
+    let mut trainer = training::trainer(task, &train, &run, PriorPictures::new(&run), watch)?;
+    if args.run.resume {
         trainer.resume()?;
         recipe.save(&run.recipe_file())?;
-        if trainer.progress().epoch >= train.epochs {
-            let done = train.epochs;
-            output::note(format, &format!("all {done} epochs are done; --epochs N goes on to N"))?;
-        }
+        training::note_done(&trainer, train.epochs, format)?;
     }
     match trainer.run()? {
         Outcome::Finished => Ok(ExitCode::SUCCESS),
@@ -150,7 +114,7 @@ pub(crate) fn run(args: &TrainPriorArgs, format: LogFormat) -> Result<ExitCode> 
 impl TrainPriorArgs {
     /// The recipe that the flags ask for.
     fn recipe(&self, resumed: Option<&RunFolder>) -> Result<PriorRecipe> {
-        let mut recipe = match (&self.config, resumed) {
+        let mut recipe = match (&self.recipe.config, resumed) {
             (Some(name), _) => recipes::load_prior(name)?,
             (None, Some(run)) => run.prior_recipe()?,
             (None, None) => recipes::load_prior(match self.kind {
@@ -163,19 +127,15 @@ impl TrainPriorArgs {
             Some(Kind::Transformer) => recipe = recipe.with_kind("transformer")?,
             None => {}
         }
-        for assignment in &self.overrides {
-            recipe = recipe.with_override(assignment)?;
-        }
+        recipe = self.recipe.set(recipe, PriorRecipe::with_override)?;
         let data = &mut recipe.data;
         data.model = self.model.clone().unwrap_or(std::mem::take(&mut data.model));
         data.codes = self.codes.clone().unwrap_or(std::mem::take(&mut data.codes));
         data.held_out = self.held_out.clone().or(data.held_out.take());
         data.level = self.level.unwrap_or(data.level);
         let train = &mut recipe.train;
-        train.epochs = self.epochs.unwrap_or(train.epochs);
-        train.batch_size = self.batch_size.unwrap_or(train.batch_size);
-        train.lr = self.lr.unwrap_or(train.lr);
-        train.seed = self.seed.unwrap_or(train.seed);
+        self.recipe.apply(&mut train.epochs, &mut train.batch_size, &mut train.lr);
+        self.run.apply(&mut train.seed);
         Ok(recipe)
     }
 }

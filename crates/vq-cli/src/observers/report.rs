@@ -28,6 +28,8 @@ pub(crate) struct Reporter {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Subject {
     Tokenizer,
+    /// A tokenizer among others.
+    Compared,
     Prior,
 }
 
@@ -76,12 +78,10 @@ impl Reporter {
             }
             Event::RunInterrupted(ended) => {
                 self.clear();
-                self.line(&format!(
-                    "stopped and saved at step {}; go on with: vq {} --resume --out {}",
-                    ended.step,
-                    self.subject.command(),
-                    self.run
-                ))
+                let advice = self.subject.command().map_or_else(String::new, |command| {
+                    format!("; go on with: vq {command} --resume --out {}", self.run)
+                });
+                self.line(&format!("stopped and saved at step {}{advice}", ended.step))
             }
             _ => Ok(()),
         }
@@ -160,10 +160,12 @@ impl Reporter {
 }
 
 impl Subject {
-    fn command(self) -> &'static str {
+    /// The command that goes on with a run; none where that depends on more than the run.
+    fn command(self) -> Option<&'static str> {
         match self {
-            Self::Tokenizer => "train",
-            Self::Prior => "train-prior",
+            Self::Tokenizer => Some("train"),
+            Self::Prior => Some("train-prior"),
+            Self::Compared => None,
         }
     }
 }
@@ -230,7 +232,7 @@ fn terms(metrics: &Metrics) -> String {
 fn finished(ended: &RunEnded<'_>, run: &str, subject: Subject) -> String {
     let epoch = ended.history.last().map_or(0, |record| record.epoch);
     let best = ended.best.map_or_else(String::new, |best| match subject {
-        Subject::Tokenizer => {
+        Subject::Tokenizer | Subject::Compared => {
             format!(", best test PSNR {:.2} dB after epoch {}", best.score, best.epoch)
         }
         Subject::Prior => {
@@ -240,16 +242,17 @@ fn finished(ended: &RunEnded<'_>, run: &str, subject: Subject) -> String {
     let next = match subject {
         Subject::Tokenizer => {
             format!(
-                "look at {run}/epoch_{epoch}_recon.png, try: vq reconstruct --model {run} IMAGE"
+                "; look at {run}/epoch_{epoch}_recon.png, try: vq reconstruct --model {run} IMAGE"
             )
         }
+        Subject::Compared => String::new(),
         Subject::Prior => {
             format!(
-                "look at {run}/epoch_{epoch}_samples.png, try: vq sample --prior {run} --model MODEL"
+                "; look at {run}/epoch_{epoch}_samples.png, try: vq sample --prior {run} --model MODEL"
             )
         }
     };
-    format!("done    {} steps{best}; {next}", ended.step)
+    format!("done    {} steps{best}{next}", ended.step)
 }
 
 /// One figure per level.

@@ -1,0 +1,125 @@
+//! One run of the trainer: its recipe and data, and everything that looks at it.
+
+use candle_core::Device;
+use vq_data::{Source, Splits};
+use vq_train::{
+    MetricsFile, Observer, Recipe, RunFolder, Tokenizer, TrainConfig, Trainable, Trainer,
+    available_memory,
+};
+
+use crate::cli::LogFormat;
+use crate::error::Result;
+use crate::observers::{Reporter, Subject};
+use crate::run_args::RecipeArgs;
+use crate::stop::Stop;
+use crate::{data_args, output, recipes};
+
+/// The help of `--config` where [`prepare`] has the last word.
+pub(crate) const CONFIG: &str = "A recipe: a TOML file or the name of an embedded one (see `vq configs`) \
+    [default: cifar10, or shapes with the built-in data]";
+
+/// A recipe that has been checked, and its data.
+pub(crate) struct Prepared {
+    pub(crate) recipe: Recipe,
+    pub(crate) splits: Splits,
+    /// What the recipe is called.
+    pub(crate) name: String,
+}
+
+/// The recipe that is asked for, or that of the run that is to go on, or the one that suits the data;
+/// `lay_over` adds the flags.
+pub(crate) fn prepare(
+    args: &RecipeArgs,
+    resumed: Option<&RunFolder>,
+    lay_over: impl Fn(Recipe) -> Result<Recipe>,
+    format: LogFormat,
+) -> Result<Prepared> {
+    let (base, mut name) = match (&args.config, resumed) {
+        (Some(name), _) => (recipes::load(name)?, name.clone()),
+        (None, Some(run)) => (run.recipe()?, run.recipe_file().display().to_string()),
+        (None, None) => (recipes::load(recipes::DEFAULT)?, recipes::DEFAULT.to_owned()),
+    };
+    let mut recipe = lay_over(base)?;
+    let source = recipe.data.source.clone();
+    let takes_shapes = source.resolve(&recipe.data.dir) == Source::Shapes;
+    let switches = takes_shapes && args.config.is_none() && resumed.is_none();
+    if switches {
+        recipe = lay_over(recipes::load(recipes::SHAPES)?)?;
+        recipe.data.source = source;
+        recipes::SHAPES.clone_into(&mut name);
+    }
+    recipe.validate()?;
+    let splits = data_args::open(&recipe.data, recipe.model.image_size, format)?;
+    if switches {
+        let default = recipes::DEFAULT;
+        let message = format!(
+            "using the recipe `{name}`, made for the built-in shapes ({} epochs, batches of {}), and not the \
+             default `{default}`; --config {default} takes that one",
+            recipe.train.epochs, recipe.train.batch_size
+        );
+        output::note(format, &message)?;
+    }
+    // So that resuming does not depend on what is on disk by then.
+    recipe.data.source = recipe.data.source.resolve(&recipe.data.dir);
+    Ok(Prepared { recipe, splits, name })
+}
+
+/// How a run is watched and stopped.
+#[derive(Clone, Copy)]
+pub(crate) struct Watch<'a> {
+    pub(crate) format: LogFormat,
+    pub(crate) stop: &'a Stop,
+    pub(crate) subject: Subject,
+}
+
+/// A trainer of `task` for the run in a folder; it writes the metrics file and `pictures`, reports, and
+/// obeys Ctrl-C.
+pub(crate) fn trainer<T: Trainable>(
+    task: T,
+    config: &TrainConfig,
+    run: &RunFolder,
+    pictures: impl Observer + 'static,
+    watch: Watch<'_>,
+) -> vq_train::Result<Trainer<T>> {
+    Ok(Trainer::new(task, config, run.path())?
+        .with_observer(MetricsFile::new(run.metrics_file(), config.log_every))
+        .with_observer(pictures)
+        .with_observer(Reporter::new(watch.format, config.log_every, watch.subject))
+        .with_stop_flag(watch.stop.flag.clone()))
+}
+
+/// Says where a run that is to go on has nothing left to do.
+pub(crate) fn note_done<T: Trainable>(
+    trainer: &Trainer<T>,
+    epochs: usize,
+    format: LogFormat,
+) -> Result<()> {
+    if trainer.progress().epoch < epochs {
+        return Ok(());
+    }
+    output::note(format, &format!("all {epochs} epochs are done; --epochs N goes on to N"))
+}
+
+/// Warns where training will take more memory than is free.
+pub(crate) fn note_memory(
+    tokenizer: &Tokenizer,
+    train: &TrainConfig,
+    device: &Device,
+    format: LogFormat,
+) -> Result<()> {
+    let memory = tokenizer.memory()?;
+    match available_memory().filter(|available| device.is_cpu() && memory.total() > *available) {
+        None => Ok(()),
+        Some(available) => {
+            let message = format!(
+                "training will take about {} of memory and {} are free; take fewer images a step (--batch-size, \
+                 now {}) or run them through the model in more parts (--set train.accumulate=N, now {})",
+                output::bytes(memory.total()),
+                output::bytes(available),
+                train.batch_size,
+                train.accumulate
+            );
+            output::note(format, &message)
+        }
+    }
+}
