@@ -27,6 +27,7 @@ mod codes;
 mod config;
 mod error;
 mod level;
+mod likelihood;
 mod model;
 mod part;
 mod quantizer;
@@ -37,6 +38,7 @@ pub mod store;
 pub use codes::Codes;
 pub use config::{Config, FORMAT_VERSION, LevelConfig, Normalization};
 pub use error::{Error, Result};
+pub use likelihood::Likelihood;
 pub use model::{Output, VqVae};
 pub use quantizer::{
     CodebookReport, CodebookUpdate, Quantized, Quantizer, TrainingStep, VectorQuantizer, rotation,
@@ -45,4 +47,4 @@ pub use quantizer::{
 pub use quantizer_config::{CodebookRule, GradientEstimator, QuantizerConfig, QuantizerKind};
 pub use random::Stream;
 pub use store::{CONFIG_FILE, MODEL_FILE};
-pub use vq_ops::Precision;
+pub use vq_ops::{PixelDistribution, Precision};
