@@ -7,6 +7,7 @@ pub(crate) mod encode;
 pub(crate) mod encode_dataset;
 pub(crate) mod eval;
 pub(crate) mod inspect;
+mod priors;
 pub(crate) mod reconstruct;
 pub(crate) mod sample;
 pub(crate) mod train;

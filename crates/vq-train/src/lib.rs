@@ -24,6 +24,7 @@
 //! # }
 //! ```
 
+mod bits;
 mod checkpoint;
 mod error;
 mod evaluate;
@@ -48,6 +49,7 @@ mod tokenizer;
 mod trainable;
 mod trainer;
 
+pub use bits::{BitsPerDim, bits_per_dim};
 pub use checkpoint::{BEST, CHECKPOINTS, Checkpoints, LAST, load_model, load_prior, resolve_model};
 pub use error::{Error, Result};
 pub use evaluate::{EvaluateOptions, evaluate};
