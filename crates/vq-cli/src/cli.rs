@@ -3,7 +3,8 @@
 use clap::{Parser, Subcommand, ValueEnum};
 
 use crate::commands::{
-    compare, configs, data, decode, encode, eval, inspect, reconstruct, sample, train, train_prior,
+    compare, compress, configs, data, decode, decompress, encode, eval, inspect, reconstruct,
+    sample, train, train_prior,
 };
 
 /// Trains, judges and uses VQ-VAE image tokenizers.
@@ -36,6 +37,8 @@ pub(crate) enum Command {
     Decode(decode::DecodeArgs),
     TrainPrior(train_prior::TrainPriorArgs),
     Sample(sample::SampleArgs),
+    Compress(compress::CompressArgs),
+    Decompress(decompress::DecompressArgs),
     Inspect(inspect::InspectArgs),
     Configs(configs::ConfigsArgs),
     Data(data::DataCommands),

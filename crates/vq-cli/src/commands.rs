@@ -1,13 +1,16 @@
 //! One file per command.
 
 pub(crate) mod compare;
+pub(crate) mod compress;
 pub(crate) mod configs;
 pub(crate) mod data;
 pub(crate) mod decode;
+pub(crate) mod decompress;
 pub(crate) mod encode;
 pub(crate) mod encode_dataset;
 pub(crate) mod eval;
 pub(crate) mod inspect;
+mod priors;
 pub(crate) mod reconstruct;
 pub(crate) mod sample;
 pub(crate) mod train;
@@ -28,6 +31,8 @@ pub(crate) fn run(cli: &Cli) -> Result<ExitCode> {
         Command::Reconstruct(args) => reconstruct::run(args, format)?,
         Command::Encode(args) => encode::run(args, format)?,
         Command::Decode(args) => decode::run(args, format)?,
+        Command::Compress(args) => compress::run(args, format)?,
+        Command::Decompress(args) => decompress::run(args, format)?,
         Command::Sample(args) => sample::run(args, format)?,
         Command::Inspect(args) => inspect::run(args, format)?,
         Command::Configs(args) => configs::run(args)?,

@@ -89,6 +89,15 @@ impl ComputeArgs {
     }
 }
 
+/// What computes on a device, as far as it decides on the last bit of a result.
+pub(crate) fn machine(device: &Device, precision: Precision) -> String {
+    match device {
+        Device::Cpu => format!("cpu {}", precision.kernels()),
+        Device::Cuda(_) => "cuda".to_owned(),
+        Device::Metal(_) => "metal".to_owned(),
+    }
+}
+
 /// How to call a device in a report.
 pub(crate) fn name(device: &Device) -> String {
     match device {

@@ -3,6 +3,8 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
+use vq_prior::compress::CompressError;
+
 pub(crate) type Result<T> = std::result::Result<T, Error>;
 
 #[derive(Debug, thiserror::Error)]
@@ -12,6 +14,9 @@ pub(crate) enum Error {
 
     #[error(transparent)]
     Model(#[from] vq_model::Error),
+
+    #[error(transparent)]
+    Compress(#[from] CompressError),
 
     #[error(transparent)]
     Data(#[from] vq_data::Error),

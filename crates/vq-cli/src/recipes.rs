@@ -17,12 +17,16 @@ pub(crate) const DEFAULT: &str = "cifar10";
 /// What it does with the built-in data set.
 pub(crate) const SHAPES: &str = "shapes";
 
-pub(crate) const EMBEDDED: [Embedded; 6] = [
+pub(crate) const EMBEDDED: [Embedded; 7] = [
     Embedded { name: DEFAULT, text: include_str!("../configs/cifar10.toml") },
     Embedded { name: "cifar10-paper", text: include_str!("../configs/cifar10-paper.toml") },
     Embedded {
         name: "cifar10-hierarchical",
         text: include_str!("../configs/cifar10-hierarchical.toml"),
+    },
+    Embedded {
+        name: "cifar10-likelihood",
+        text: include_str!("../configs/cifar10-likelihood.toml"),
     },
     Embedded { name: "imagenet256", text: include_str!("../configs/imagenet256.toml") },
     Embedded { name: "images1024", text: include_str!("../configs/images1024.toml") },
@@ -135,6 +139,7 @@ mod tests {
             ("cifar10", &[8][..], 576.0),
             ("cifar10-paper", &[8], 576.0),
             ("cifar10-hierarchical", &[16, 8], 2_880.0),
+            ("cifar10-likelihood", &[8], 5_760.0),
             ("imagenet256", &[64, 32], 46_080.0),
             ("images1024", &[128, 64, 32], 193_536.0),
             ("shapes", &[8], 512.0),

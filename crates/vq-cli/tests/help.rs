@@ -20,6 +20,8 @@ fn help_names_every_command_and_flag() {
         "decode",
         "train-prior",
         "sample",
+        "compress",
+        "decompress",
         "inspect",
         "configs",
         "data",

@@ -56,6 +56,18 @@ pub(crate) fn projection(prefix: &str, in_channels: usize, out_channels: usize) 
     vec![(prefix.to_owned(), layer)]
 }
 
+/// What follows the decoder of the bottom level where it gives distributions of pixels: a `ReLU` and a 1×1
+/// convolution from its last features, at the images' size, to the distributions' `out_channels` numbers.
+/// Numbered on from the decoder's `layers`.
+pub(crate) fn pixel_head(
+    prefix: &str,
+    layers: usize,
+    in_channels: usize,
+    out_channels: usize,
+) -> NamedLayers {
+    projection(&format!("{prefix}.{layers}"), in_channels, out_channels)
+}
+
 /// The decoder of a level: `in_channels` to `out_channels` of the level below (or of the image).
 ///
 /// A 3×3 convolution, the residual blocks, then transposed convolutions 4×4/2, one per doubling,

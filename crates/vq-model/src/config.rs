@@ -1,9 +1,9 @@
 //! The architecture of a model, as it stands in `config.json` and in a recipe's `[model]` table.
 
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use serde::{Deserialize, Serialize};
 
-use crate::{Error, QuantizerConfig, Result};
+use crate::{Error, Likelihood, QuantizerConfig, Result};
 
 /// The version of the saved model's format that this crate writes, and the newest that it reads.
 pub const FORMAT_VERSION: u32 = 1;
@@ -31,6 +31,10 @@ pub struct Config {
     pub normalization: Normalization,
     /// Names of the data set's classes in the order of their labels; may be empty.
     pub class_names: Vec<String>,
+    /// What the decoder gives for a pixel: its value, or a distribution of it.
+    pub likelihood: Likelihood,
+    /// Components of the distribution, with [`Likelihood::LogisticMixture`].
+    pub mixtures: usize,
     /// The levels of codes, bottom (finest) first. One level is a VQ-VAE (van den Oord et al. 2017),
     /// more are a VQ-VAE-2 (Razavi et al. 2019).
     pub levels: Vec<LevelConfig>,
@@ -74,6 +78,7 @@ impl Config {
         within("image_size.0", self.image_size[0], 1, 1 << 16)?;
         within("image_size.1", self.image_size[1], 1, 1 << 16)?;
         self.normalization.validate(self.channels)?;
+        within("mixtures", self.mixtures, 1, 1 << 10)?;
         if self.levels.is_empty() {
             return Err(Error::config("levels", "must hold at least one level"));
         }
@@ -151,6 +156,12 @@ impl Normalization {
         Ok(images.broadcast_mul(&std)?.broadcast_add(&mean)?.clamp(0f32, 1f32)?)
     }
 
+    /// The model's range to pixels u8: the nearest of the 256 values; `[B,C,H,W]` to the same shape.
+    pub fn pixels(&self, images: &Tensor) -> Result<Tensor> {
+        // Conversion cuts off.
+        Ok(self.denormalize(&images.detach())?.affine(255.0, 0.5)?.to_dtype(DType::U8)?)
+    }
+
     fn tensors(&self, images: &Tensor) -> Result<(Tensor, Tensor)> {
         let channels = self.mean.len();
         match images.dims() {
@@ -215,6 +226,8 @@ impl Default for Config {
             image_size: [32, 32],
             normalization: Normalization::default(),
             class_names: Vec::new(),
+            likelihood: Likelihood::default(),
+            mixtures: 10,
             levels: vec![LevelConfig::default()],
         }
     }

@@ -106,6 +106,13 @@ pub enum Error {
         name: String,
     },
 
+    /// Something that takes p(x|z) was asked of a model whose decoder gives none.
+    #[error(
+        "the model's decoder gives pixels and no distribution of them, so there is no p(x|z): train one with \
+         model.likelihood = \"categorical\" or \"logistic-mixture\", as in the recipe cifar10-likelihood"
+    )]
+    NoLikelihood,
+
     /// Images or codes that the model cannot take.
     #[error("{0}")]
     Input(String),

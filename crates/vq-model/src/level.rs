@@ -46,8 +46,16 @@ impl Level {
         } else {
             Some(Part::new(projection, builder)?)
         };
-        let decoder =
-            architecture::decoder(&name("decoder"), level, dim + above_dims, channels_below);
+        let head = config.pixel_distribution().filter(|_| index == 0);
+        // As wide as what the last upsampling comes from.
+        let features = if head.is_some() { level.hidden / 2 } else { channels_below };
+        let mut decoder =
+            architecture::decoder(&name("decoder"), level, dim + above_dims, features);
+        if head.is_some() {
+            let (layers, outputs) = (decoder.len(), config.decoder_outputs());
+            let head = architecture::pixel_head(&name("decoder"), layers, features, outputs);
+            decoder.extend(head);
+        }
         Ok(Self {
             encoder: Part::new(encoder, builder)?,
             projection,

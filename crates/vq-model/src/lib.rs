@@ -28,6 +28,7 @@ mod config;
 mod error;
 mod geometry;
 mod level;
+mod likelihood;
 mod model;
 mod part;
 mod quantizer;
@@ -39,6 +40,7 @@ pub use codes::Codes;
 pub use config::{Config, FORMAT_VERSION, LevelConfig, Normalization};
 pub use error::{Error, Result};
 pub use geometry::{CodebookGeometry, Range, codebook_drift};
+pub use likelihood::Likelihood;
 pub use model::{Output, VqVae};
 pub use quantizer::{
     CodebookReport, CodebookUpdate, Quantized, Quantizer, TrainingStep, VectorQuantizer, rotation,
@@ -47,4 +49,4 @@ pub use quantizer::{
 pub use quantizer_config::{CodebookRule, GradientEstimator, QuantizerConfig, QuantizerKind};
 pub use random::Stream;
 pub use store::{CONFIG_FILE, MODEL_FILE};
-pub use vq_ops::Precision;
+pub use vq_ops::{PixelDistribution, Precision};

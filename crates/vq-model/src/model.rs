@@ -6,6 +6,7 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use vq_ops::{Precision, channels_first, channels_last};
 
 use crate::level::Level;
+use crate::likelihood::{judge, means};
 use crate::part::Builder;
 use crate::quantizer::{CodebookReport, CodebookUpdate, Quantizer, TrainingStep};
 use crate::{Codes, Config, Error, Result};
@@ -37,8 +38,12 @@ pub struct VqVae {
 /// What [`VqVae::forward`] gives.
 #[derive(Clone, Debug)]
 pub struct Output {
-    /// x̂ `[B,C,H,W]` in the model's range, not clamped.
+    /// x̂ `[B,C,H,W]` in the model's range, not clamped. Of a model with a likelihood it is the mean of
+    /// p(x|z), and has no gradient.
     pub reconstruction: Tensor,
+    /// −ln p(x|z) in nats, of a position's channels together: `[B,H,W]`; none for a model without a
+    /// [`Likelihood`](crate::Likelihood). x is the nearest of the 256 values of each pixel.
+    pub nats: Option<Tensor>,
     /// The codes that it was decoded from.
     pub codes: Codes,
     /// ‖sg\[`z_e`\] − e‖², summed over the levels; each a mean over B·h·w·D
@@ -112,8 +117,8 @@ impl VqVae {
         Ok(Codes { levels: levels.into_iter().map(|(_, codes)| codes).collect() })
     }
 
-    /// Codes to images `[B,C,H,W]` in the model's range, not clamped. The grids may be of any size, as
-    /// long as those of the levels belong together.
+    /// Codes to images `[B,C,H,W]` in the model's range, not clamped: with a likelihood the means of
+    /// p(x|z). The grids may be of any size, as long as those of the levels belong together.
     pub fn decode(&self, codes: &Codes) -> Result<Tensor> {
         self.decode_levels(codes, &vec![true; self.levels.len()])
     }
@@ -125,6 +130,23 @@ impl VqVae {
     /// while any code in their place, the most frequent or a mean, would add a content of its own. No map
     /// was zero in training, so colours may be off; what can be made out is what counts.
     pub fn decode_levels(&self, codes: &Codes, shown: &[bool]) -> Result<Tensor> {
+        let decoded = self.decode_shown(codes, shown)?;
+        match self.config.pixel_distribution() {
+            None => Ok(channels_first(&decoded)?),
+            Some(distribution) => means(&self.config, distribution, &decoded),
+        }
+    }
+
+    /// Codes to the numbers `[B,H,W,P]` that describe p(x|z), which
+    /// [`Config::pixel_distribution`](crate::Config::pixel_distribution) reads; an error where the model has
+    /// none.
+    pub fn decode_parameters(&self, codes: &Codes) -> Result<Tensor> {
+        self.config.require_distribution()?;
+        self.decode_shown(codes, &vec![true; self.levels.len()])
+    }
+
+    /// What the decoder gives, `[B,H,W,…]`.
+    fn decode_shown(&self, codes: &Codes, shown: &[bool]) -> Result<Tensor> {
         codes.validate(&self.config)?;
         self.one_per_level(shown.len(), "a choice")?;
         let levels = self.levels.iter().zip(&codes.levels).zip(shown);
@@ -208,8 +230,13 @@ impl VqVae {
         let [height, width] = self.config.image_size;
         let grids = self.config.grids(height, width)?;
         let mut input = (height, width);
-        // Images, reconstruction, and their difference with its gradient.
-        let mut total = (4 * height * width * self.config.channels) as u64;
+        let (area, channels) = (height * width, self.config.channels);
+        let mut total = match self.config.pixel_distribution() {
+            // Images, reconstruction, and their difference with its gradient.
+            None => (4 * area * channels) as u64,
+            // Images, pixels, means, −ln p, and the gradient of what the decoder gives.
+            Some(_) => (area * (5 * channels + 2 + self.config.decoder_outputs())) as u64,
+        };
         for (index, (level, &[h, w])) in self.levels.iter().zip(&grids).enumerate() {
             total += level.encoder.activations(input)?.0;
             if let Some(projection) = &level.projection {
@@ -304,8 +331,18 @@ impl VqVae {
         }
         let no_level = || Error::config("levels", "must hold at least one level");
         let (codebook_loss, commitment_loss) = losses.ok_or_else(no_level)?;
+        let decoded = self.decode_maps(&maps, tracked)?;
+        let (reconstruction, nats) = match self.config.pixel_distribution() {
+            None => (channels_first(&decoded)?, None),
+            Some(distribution) => {
+                let images = images.to_device(&self.device)?;
+                let judged = judge(&self.config, distribution, &decoded, &images)?;
+                (judged.means, Some(judged.nats))
+            }
+        };
         Ok(Output {
-            reconstruction: self.decode_maps(&maps, tracked)?,
+            reconstruction,
+            nats,
             codes: Codes { levels: codes },
             codebook_loss,
             commitment_loss,
@@ -354,17 +391,14 @@ impl VqVae {
         Ok(results)
     }
 
-    /// The levels' `z_q` `[B,h,w,D]`, bottom first, to images `[B,C,H,W]`.
+    /// The levels' `z_q` `[B,h,w,D]`, bottom first, to what the decoder gives `[B,H,W,…]`.
     fn decode_maps(&self, maps: &[Tensor], tracked: bool) -> Result<Tensor> {
         let mut stacked = None;
         for (index, map) in maps.iter().enumerate().rev() {
             stacked = Some(self.stack_maps(index, map, stacked.as_ref())?);
         }
         match (self.levels.first(), stacked) {
-            (Some(bottom), Some(maps)) => {
-                let images = bottom.decoder.forward(&maps, tracked)?;
-                Ok(channels_first(&images)?)
-            }
+            (Some(bottom), Some(maps)) => bottom.decoder.forward(&maps, tracked),
             _ => Err(Error::config("levels", "must hold at least one level")),
         }
     }

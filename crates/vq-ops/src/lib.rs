@@ -26,6 +26,7 @@ mod nearest;
 mod norm;
 mod optimizer;
 mod packed_linear;
+mod pixels;
 mod pointwise;
 mod precision;
 #[cfg(feature = "process")]
@@ -46,6 +47,7 @@ pub use nearest::{code_statistics, nearest_codes};
 pub use norm::rms_norm;
 pub use optimizer::{AdamWStep, adamw_step, sum_of_squares};
 pub use packed_linear::PackedLinear;
+pub use pixels::{LOG_SCALES, Logistic, PixelDistribution, pixel_likelihood};
 pub use pointwise::{channels_first, channels_last, replace_value, squared_error};
 pub use precision::Precision;
 pub use shift::shift;

@@ -28,6 +28,15 @@ impl Precision {
             Self::Bf16 => crate::cpu::bf16::is_native(),
         }
     }
+
+    /// Name of the instruction set that convolutions on this CPU use, as in `VQ_CPU`. The same names
+    /// compute the same numbers.
+    pub fn kernels(self) -> &'static str {
+        match self {
+            Self::F32 => crate::cpu::tile::kernels().name,
+            Self::Bf16 => crate::cpu::bf16::kernels::kernels().name,
+        }
+    }
 }
 
 impl fmt::Display for Precision {

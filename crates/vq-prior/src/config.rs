@@ -123,6 +123,17 @@ impl Config {
         self.grid[0] * self.grid[1] * self.codes_per_position()
     }
 
+    /// The labels of images of a data set with those classes, as the prior knows them: no class
+    /// (`class_count`) where its classes are others. Empty for a prior without classes.
+    pub fn labels_of(&self, class_names: &[String], labels: &[u32]) -> Vec<u32> {
+        if self.class_count == 0 {
+            return Vec::new();
+        }
+        let none = self.class_count as u32;
+        let is_known = !class_names.is_empty() && class_names == self.class_names;
+        labels.iter().map(|&label| if is_known { label.min(none) } else { none }).collect()
+    }
+
     /// Checks every value; the error names the dotted key, e.g.
     /// `network.heads must divide the 128 channels, got 3`.
     pub fn validate(&self) -> Result<()> {

@@ -6,6 +6,7 @@
 //! - [`Prior::loss`] is what to train on, [`Prior::log_likelihood`] what to report.
 //! - [`Stepper`] gives the distribution of one code after the other and computes only what is new;
 //!   [`Prior::sample`] draws whole grids with it.
+//! - [`compress`] turns images into files as short as their codes' probabilities allow, and back.
 //!
 //! Codes are u32, `[B,h,w]`, or `[B,h,w,G]` with G codes per position.
 //!
@@ -36,6 +37,7 @@
 
 mod attention;
 mod choose;
+pub mod compress;
 mod conditioner;
 mod config;
 mod head;

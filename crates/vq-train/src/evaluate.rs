@@ -42,7 +42,10 @@ pub struct EvaluateOptions<'a> {
 ///   bottom are called `perplexity.1` and so on. A level with several codebooks has the geometric mean
 ///   and the sum over them, and `perplexity/0`, `perplexity/1`, … of each.
 ///
-/// The score is the PSNR.
+/// - `pixel_bits_per_dim`, of a model with a likelihood: −log₂ p(x|z) / (C·H·W), averaged over the images.
+///   The codes' bits come on top: see [`bits_per_dim`](crate::bits_per_dim()).
+///
+/// The score is the PSNR; of a model with a likelihood −`pixel_bits_per_dim`.
 pub fn evaluate(
     model: &VqVae,
     dataset: &Arc<dyn Dataset>,
@@ -81,9 +84,19 @@ pub fn evaluate(
             output.codebook_loss.to_scalar::<f32>()?,
             output.commitment_loss.to_scalar::<f32>()?,
         );
+        if let Some(nats) = &output.nats {
+            tally.nats += sum(nats)?;
+        }
         tally.codes(&output.codes.levels)?;
     }
-    tally.finish(options.variance).map(Some)
+    let dimensions = dataset.shape().pixels();
+    let has_likelihood = model.config().pixel_distribution().is_some();
+    tally.finish(options.variance, has_likelihood.then_some(dimensions)).map(Some)
+}
+
+/// The sum in f64.
+pub(crate) fn sum(x: &Tensor) -> Result<f64> {
+    Ok(x.flatten_all()?.to_vec1::<f32>()?.into_iter().map(f64::from).sum())
 }
 
 /// The same numbers, in the type that the loader takes.
@@ -134,6 +147,8 @@ struct Tally {
     ssim: f64,
     codebook: f64,
     commitment: f64,
+    /// −ln p(x|z).
+    nats: f64,
     usage: Vec<Usage>,
     /// Every this many images, one is kept.
     spacing: usize,
@@ -154,6 +169,7 @@ impl Tally {
             ssim: 0.0,
             codebook: 0.0,
             commitment: 0.0,
+            nats: 0.0,
             usage: empty_usage(model),
             spacing: (images / samples.max(1)).max(1),
             most_samples: samples,
@@ -225,18 +241,25 @@ impl Tally {
         count_codes(&mut self.usage, codes)
     }
 
-    fn finish(self, variance: f64) -> Result<Evaluation> {
+    /// `dimensions` are an image's numbers, where there is a likelihood of them.
+    fn finish(self, variance: f64, dimensions: Option<usize>) -> Result<Evaluation> {
         if self.images == 0 {
             return Err(Error::Data(vq_data::Error::EmptySplit { split: "test" }));
         }
         let mean = |sum: f64| sum / self.images as f64;
-        let metrics = Metrics::new()
+        let mut score = mean(self.psnr);
+        let mut metrics = Metrics::new()
             .with("mse", mean(self.mse))
             .with("nmse", mean(self.mse) / variance)
             .with("psnr", mean(self.psnr))
             .with("ssim", mean(self.ssim))
             .with("codebook", mean(self.codebook))
             .with("commitment", mean(self.commitment));
+        if let Some(dimensions) = dimensions {
+            let bits = mean(self.nats) / std::f64::consts::LN_2 / dimensions as f64;
+            metrics.set("pixel_bits_per_dim", bits);
+            score = -bits;
+        }
         let samples = if self.originals.is_empty() {
             None
         } else {
@@ -249,7 +272,7 @@ impl Tally {
         };
         Ok(Evaluation {
             metrics: usage_metrics(metrics, &self.usage),
-            score: mean(self.psnr),
+            score,
             usage: self.usage,
             samples,
             drawn: None,

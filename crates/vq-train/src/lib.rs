@@ -25,6 +25,7 @@
 //! # }
 //! ```
 
+mod bits;
 mod checkpoint;
 mod compare;
 pub mod doctor;
@@ -51,6 +52,7 @@ mod tokenizer;
 mod trainable;
 mod trainer;
 
+pub use bits::{BitsPerDim, bits_per_dim};
 pub use checkpoint::{BEST, CHECKPOINTS, Checkpoints, LAST, load_model, load_prior, resolve_model};
 pub use compare::{
     Comparison, Figures, PlannedRun, Row, RunState, Spread, Summary, Variant, Variants,

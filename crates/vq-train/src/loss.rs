@@ -11,7 +11,8 @@ use crate::{Metrics, Result, TrainConfig};
 ///
 /// The first three are means: the reconstruction error over B·C·H·W, the other two over B·h·w·D. The
 /// reconstruction error is taken in pixels' units of [0, 1] and divided by the variance of the
-/// training pixels in the same units (as in Sonnet), or, without that, taken in the model's range.
+/// training pixels in the same units (as in Sonnet), or, without that, taken in the model's range. Of a
+/// model with a likelihood the first is −ln p(x|z) instead, in nats per dimension.
 #[derive(Clone, Debug)]
 pub(crate) struct Loss {
     beta: f64,
@@ -53,7 +54,10 @@ impl Loss {
 
     /// The loss (a scalar) and its terms for images `[B,C,H,W]` in the model's range.
     pub(crate) fn of(&self, output: &Output, images: &Tensor) -> Result<(Tensor, Metrics)> {
-        let reconstruction = self.reconstruction(&output.reconstruction, images)?;
+        let reconstruction = match &output.nats {
+            Some(nats) => (nats.mean_all()? / images.dim(1)? as f64)?,
+            None => self.reconstruction(&output.reconstruction, images)?,
+        };
         let commitment = (&output.commitment_loss * self.beta)?;
         let mut loss = ((&reconstruction + &output.codebook_loss)? + commitment)?;
         if let Some(entropy) = &output.entropy_loss {
@@ -98,6 +102,7 @@ mod tests {
         let device = Device::Cpu;
         Output {
             reconstruction: reconstruction.clone(),
+            nats: None,
             codes: Codes { levels: Vec::new() },
             codebook_loss: Tensor::new(codebook, &device).unwrap(),
             commitment_loss: commitment.clone(),
@@ -174,6 +179,26 @@ mod tests {
         let gradients = total.backward().unwrap();
         let gradient = gradients.get(&entropy).unwrap().to_scalar::<f32>().unwrap();
         assert!((gradient - 1.0).abs() < 1e-7);
+    }
+
+    /// Of each image 2 × 2 positions of 3 channels.
+    #[test]
+    fn a_likelihood_is_in_nats_per_dimension() {
+        let images = Tensor::zeros((2, 3, 2, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let config = TrainConfig { beta: 0.5, ..TrainConfig::default() };
+        let loss = Loss::new(&config, &Normalization::default(), 0.06, &Device::Cpu).unwrap();
+        let four = Tensor::new(4f32, &Device::Cpu).unwrap();
+        let nats = Var::from_vec(vec![6f32, 12., 3., 3., 6., 6., 0., 12.], (2, 2, 2), &Device::Cpu);
+        let nats = nats.unwrap();
+        let output = Output {
+            nats: Some(nats.as_tensor().clone()),
+            ..output(&(&images + 0.5).unwrap(), 1.0, &four)
+        };
+        let (total, terms) = loss.of(&output, &images).unwrap();
+        assert_eq!((terms.get("reconstruction"), terms.get("loss")), (Some(2.0), Some(5.0)));
+        let gradients = total.backward().unwrap();
+        let gradient = gradients.get(&nats).unwrap().flatten_all().unwrap();
+        assert_eq!(gradient.to_vec1::<f32>().unwrap(), [1.0 / 24.0; 8]);
     }
 
     #[test]

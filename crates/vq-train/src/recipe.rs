@@ -79,7 +79,8 @@ pub struct TrainConfig {
 
     /// β, the factor of the commitment loss (van den Oord et al. 2017, eq. 3).
     pub beta: f64,
-    /// Whether the reconstruction error is divided by the variance of the training pixels.
+    /// Whether the reconstruction error is divided by the variance of the training pixels. Of no meaning
+    /// with a likelihood (`model.likelihood`).
     pub normalize_by_variance: bool,
     /// Factor of the mean absolute error, which is added to the mean squared error.
     pub l1: f64,
@@ -206,6 +207,13 @@ impl Recipe {
             }
             other => other.into(),
         })?;
+        if self.model.pixel_distribution().is_some() && self.train.l1 > 0.0 {
+            let problem = format!(
+                "must be 0 with a likelihood (model.likelihood), whose loss is −ln p(x|z) alone, got {}",
+                self.train.l1
+            );
+            return Err(Error::config("train.l1", problem));
+        }
         self.data.validate()?;
         self.train.validate()
     }

@@ -149,9 +149,15 @@ fn inspect_says_what_is_there() {
 fn the_embedded_recipes_are_listed_and_printed() {
     let folder = tempfile::tempdir().unwrap();
     let said = succeed(folder.path(), ["configs"]);
-    for name in
-        ["cifar10", "cifar10-paper", "cifar10-hierarchical", "imagenet256", "images1024", "shapes"]
-    {
+    for name in [
+        "cifar10",
+        "cifar10-paper",
+        "cifar10-hierarchical",
+        "cifar10-likelihood",
+        "imagenet256",
+        "images1024",
+        "shapes",
+    ] {
         assert!(said.out.contains(name), "{said:?}");
         let printed = succeed(folder.path(), ["configs", name]).out;
         let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(format!("../configs/{name}.toml"));

@@ -82,19 +82,23 @@ pub(crate) fn run(args: &EncodeArgs, format: LogFormat) -> Result<()> {
 /// The codes of all images of a data set, which is held in memory.
 pub(super) fn encode(model: &VqVae, dataset: Arc<dyn Dataset>, device: &Device) -> Result<Codes> {
     let mut batches = Vec::new();
-    for batch in loader(model, dataset)?.epoch(0, 0) {
+    for batch in loader(model, dataset, BATCH)?.epoch(0, 0) {
         batches.push(model.encode(&batch?.images.to_device(device)?)?);
     }
     Ok(Codes::concat(&batches)?)
 }
 
 /// The images of a data set in their order, as they are.
-pub(super) fn loader(model: &VqVae, dataset: Arc<dyn Dataset>) -> Result<Loader> {
+pub(super) fn loader(
+    model: &VqVae,
+    dataset: Arc<dyn Dataset>,
+    batch_size: usize,
+) -> Result<Loader> {
     let normalization = &model.config().normalization;
     let normalization =
         Normalization { mean: normalization.mean.clone(), std: normalization.std.clone() };
     let options = LoaderOptions {
-        batch_size: BATCH,
+        batch_size,
         shuffle: false,
         flip: false,
         drop_last: false,

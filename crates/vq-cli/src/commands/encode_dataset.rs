@@ -34,7 +34,7 @@ pub(crate) fn run(args: &EncodeArgs, split: Split, format: LogFormat) -> Result<
         output::note(format, &text)?;
     }
 
-    let loader = loader(&model, dataset.clone())?;
+    let loader = loader(&model, dataset.clone(), BATCH)?;
     let (start, mut said) = (Instant::now(), Instant::now());
     let batches = if first < dataset.len() { Some(loader.epoch(0, first / BATCH)) } else { None };
     for batch in batches.into_iter().flatten() {

@@ -6,8 +6,9 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Map, Value, json};
 use vq_data::pixel_variance;
-use vq_train::{EvaluateOptions, Evaluation, evaluate, resolve_model};
+use vq_train::{EvaluateOptions, Evaluation, bits_per_dim, evaluate, model_hash, resolve_model};
 
+use super::priors;
 use crate::cli::LogFormat;
 use crate::compute::ComputeArgs;
 use crate::data_args::{DataArgs, Split, name_broken, open_for};
@@ -37,6 +38,16 @@ pub(crate) struct EvalArgs {
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
 
+    /// Count the bits: −log₂ p(x|z) of the pixels and −log₂ p(z) of all codes, over the dimensions of an
+    /// image. The model needs a likelihood, as those of the recipe cifar10-likelihood.
+    #[arg(long)]
+    bits_per_dim: bool,
+
+    /// The priors to count the codes under, one for each level of the model, the top one first; without
+    /// them log₂ K a code.
+    #[arg(long, num_args = 1.., value_name = "FOLDER", requires = "bits_per_dim")]
+    prior: Vec<PathBuf>,
+
     #[command(flatten)]
     data: DataArgs,
 
@@ -53,6 +64,10 @@ pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
     let model = args.compute.load(&folder, &device)?;
     let splits = open_for(&model, &folder, &args.data, format)?;
     let dataset = args.split.of(&splits);
+    let priors = priors::load_any(&args.prior, &model, &model_hash(&folder)?, &device)?;
+    if args.bits_per_dim && model.config().pixel_distribution().is_none() {
+        return Err(vq_model::Error::NoLikelihood.into());
+    }
     let options = EvaluateOptions {
         batch_size: args.batch_size,
         variance: pixel_variance(splits.train.as_ref())?,
@@ -74,6 +89,27 @@ pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
     for (name, value) in evaluation.metrics.iter() {
         record.insert(name.into(), value.into());
         let _ = write!(text, "\n  {name:14} {value:.6}");
+    }
+    if args.bits_per_dim {
+        let bits = bits_per_dim(&model, &priors, dataset, args.batch_size, None)?
+            .ok_or_else(|| Error::other("the evaluation was stopped"))?;
+        for (name, value) in bits.metrics().iter() {
+            record.insert(name.into(), value.into());
+            let _ = write!(text, "\n  {name:20} {value:.6}");
+        }
+        record.insert("bits_per_image".into(), bits.total().into());
+        record.insert("has_priors".into(), bits.has_priors.into());
+        let codes = if bits.has_priors {
+            "codes under the prior"
+        } else {
+            "all codes as equally probable, log2 K each (--prior counts them under a prior)"
+        };
+        let _ = write!(
+            text,
+            "\n  {:.1} bits an image of {} dimensions; {codes}",
+            bits.total(),
+            bits.dimensions
+        );
     }
     output::result(format, text, &Value::Object(record))
 }

@@ -8,10 +8,11 @@ use serde_json::json;
 use vq_data::picture;
 use vq_model::{Codes, Stream, VqVae};
 use vq_prior::{Completion, Conditions, Prior, SampleOptions};
-use vq_train::{decode, load_prior, model_hash, resolve_model};
+use vq_train::{decode, model_hash, resolve_model};
 use vq_viz::{image_grid, save_png, tensor_to_image};
 
 use super::encode::encode;
+use super::priors;
 use crate::cli::LogFormat;
 use crate::compute::ComputeArgs;
 use crate::error::{Error, Result};
@@ -105,9 +106,7 @@ pub(crate) fn run(args: &SampleArgs, format: LogFormat) -> Result<()> {
     let folder = resolve_model(&args.model)?;
     let model = args.compute.load(&folder, &device)?;
     let hash = model_hash(&folder)?;
-    let load = |path: &PathBuf| load_prior(path, &hash, &device);
-    let priors: Vec<Prior> = args.prior.iter().map(load).collect::<std::result::Result<_, _>>()?;
-    check(&model, &priors, &args.prior)?;
+    let priors = priors::load(&args.prior, &model, &hash, &device)?;
     let labels = args.labels(&priors)?;
     let given = match (&args.complete, args.keep) {
         (Some(path), Some(keep)) => Some((given(path, &model, &device)?, keep)),
@@ -221,37 +220,6 @@ impl SampleArgs {
         }
         Ok(Codes { levels })
     }
-}
-
-/// Whether these are priors for all levels of the model, from the top.
-fn check(model: &VqVae, priors: &[Prior], paths: &[PathBuf]) -> Result<()> {
-    let levels = model.config().levels.len();
-    if priors.len() != levels {
-        return Err(Error::other(format!(
-            "the model has {levels} level(s) of codes and {} prior(s) are given: give one for each level, the top \
-             one first (--prior TOP … BOTTOM)",
-            priors.len()
-        )));
-    }
-    for (index, (prior, path)) in priors.iter().zip(paths).enumerate() {
-        let (own, level) = (prior.config().conditioning.len(), levels - 1 - index);
-        if own != index {
-            return Err(Error::other(format!(
-                "{} is a prior for level {}, and one for level {level} is wanted there: give the top one first",
-                path.display(),
-                levels.saturating_sub(1 + own)
-            )));
-        }
-        if priors.first().map(|first| &first.config().class_names)
-            != Some(&prior.config().class_names)
-        {
-            let path = path.display();
-            return Err(Error::other(format!(
-                "{path} was trained on other classes than the top prior"
-            )));
-        }
-    }
-    Ok(())
 }
 
 /// The codes of the image to complete, in the size that the priors are for.

@@ -213,7 +213,11 @@ fn epoch_line(epoch: &EpochFinished<'_>) -> String {
         );
         let _ = write!(
             line,
-            "  |  test PSNR {psnr:.2} dB, SSIM {ssim:.3}, perplexity {perplexity}, {codes} codes in use{best}"
+            "  |  test{} PSNR {psnr:.2} dB, SSIM {ssim:.3}, perplexity {perplexity}, {codes} codes in use{best}",
+            match evaluation.metrics.get("pixel_bits_per_dim") {
+                Some(bits) => format!(" {bits:.4} bits per dimension for the pixels,"),
+                None => String::new(),
+            }
         );
     }
     line + "  |  " + &seconds(epoch)
@@ -232,6 +236,11 @@ fn terms(metrics: &Metrics) -> String {
 fn finished(ended: &RunEnded<'_>, run: &str, subject: Subject) -> String {
     let epoch = ended.history.last().map_or(0, |record| record.epoch);
     let best = ended.best.map_or_else(String::new, |best| match subject {
+        // Judged by a likelihood, where the model has one.
+        Subject::Tokenizer | Subject::Compared if best.score < 0.0 => {
+            let (bits, epoch) = (-best.score, best.epoch);
+            format!(", best test {bits:.4} bits per dimension for the pixels after epoch {epoch}")
+        }
         Subject::Tokenizer | Subject::Compared => {
             format!(", best test PSNR {:.2} dB after epoch {}", best.score, best.epoch)
         }

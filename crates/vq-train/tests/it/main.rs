@@ -3,6 +3,8 @@
 #[cfg(test)]
 mod accumulate;
 #[cfg(test)]
+mod bits;
+#[cfg(test)]
 mod evaluate;
 #[cfg(test)]
 mod folder;

@@ -186,11 +186,16 @@ fn values_out_of_range_are_named_by_key() {
         ("model.levels.0.quantizer.codebook_size=0", "model.levels.0.quantizer.codebook_size"),
         ("model.image_size=[33, 32]", "model.image_size.0"),
         ("model.levels=[]", "model.levels"),
+        ("model.mixtures=0", "model.mixtures"),
     ] {
         let recipe = Recipe::default().with_override(assignment).unwrap();
         let error = recipe.validate().unwrap_err().to_string();
         assert!(error.starts_with(key), "{assignment}: {error}");
     }
+    let both = Recipe::default().with_override("model.likelihood=categorical").unwrap();
+    let both = both.with_override("train.l1=0.5").unwrap();
+    let error = both.validate().unwrap_err().to_string();
+    assert!(error.starts_with("train.l1 must be 0 with a likelihood"), "{error}");
 }
 
 #[test]

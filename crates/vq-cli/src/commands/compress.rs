@@ -1,0 +1,197 @@
+//! `vq compress`
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use serde_json::json;
+use vq_data::Dataset;
+use vq_model::VqVae;
+use vq_prior::Prior;
+use vq_prior::compress::{
+    Block, BlockBits, Codec, CompressedHead, CompressedWriter, IMAGES_PER_BLOCK,
+};
+use vq_train::{model_hash, resolve_model};
+
+use super::encode::loader;
+use super::priors;
+use crate::cli::LogFormat;
+use crate::compute::{self, ComputeArgs};
+use crate::data_args::{DataArgs, Split, open_for};
+use crate::error::Result;
+use crate::file::Atomic;
+use crate::images::{self, ImageArgs};
+use crate::output;
+
+/// Turn images into one small file: their codes, entropy-coded, and with --lossless their pixels too.
+///
+/// `vq decompress` needs the same model and priors, and a machine that computes the same (it notices if not).
+#[derive(Debug, Args)]
+#[command(mut_arg("files", |files| files.required(false).required_unless_present("dataset")))]
+#[command(after_help = "Examples:
+  vq compress a.png b.jpg --model results --prior results-prior --out images.vq
+  vq compress --lossless a.png --model results --out images.vq
+  vq compress --dataset test --lossless --model results --prior results-prior --out test.vq")]
+pub(crate) struct CompressArgs {
+    #[command(flatten)]
+    images: ImageArgs,
+
+    /// Compress this split of a data set and not image files; without --data, of that which the model's run
+    /// was trained on.
+    #[arg(long, value_enum, value_name = "SPLIT", conflicts_with_all = ["files", "size"])]
+    dataset: Option<Split>,
+
+    /// The model: a run's folder (its best checkpoint), a checkpoint's or a model's.
+    #[arg(long, default_value = "results", value_name = "FOLDER")]
+    model: PathBuf,
+
+    /// The priors that `vq train-prior` trained on the model's codes, one for each level, the top one first;
+    /// without them every code takes log₂ K bits.
+    #[arg(long, num_args = 1.., value_name = "FOLDER")]
+    prior: Vec<PathBuf>,
+
+    /// Keep every pixel: they are coded under the model's p(x|z), which needs a likelihood, as those of the
+    /// recipe cifar10-likelihood.
+    #[arg(long)]
+    lossless: bool,
+
+    /// The file to write.
+    #[arg(long, default_value = "images.vq", value_name = "FILE")]
+    out: PathBuf,
+
+    #[command(flatten)]
+    data: DataArgs,
+
+    #[command(flatten)]
+    compute: ComputeArgs,
+}
+
+/// Seconds between lines of progress.
+const PAUSE: Duration = Duration::from_secs(2);
+
+pub(crate) fn run(args: &CompressArgs, format: LogFormat) -> Result<()> {
+    let device = args.compute.start()?;
+    let folder = resolve_model(&args.model)?;
+    let model = args.compute.load(&folder, &device)?;
+    let hash = model_hash(&folder)?;
+    let priors = priors::load_any(&args.prior, &model, &hash, &device)?;
+    let codec = Codec::new(&model, &priors, args.lossless)?;
+    let (dataset, names) = args.images(&folder, &model, format)?;
+    let shape = dataset.shape();
+    codec.check_size(shape.height, shape.width)?;
+    let precision = args.compute.precision.unwrap_or_default();
+    let head = CompressedHead {
+        model: hash,
+        priors: priors::hashes(&args.prior)?,
+        machine: compute::machine(&device, precision),
+        precision,
+        lossless: args.lossless,
+        size: [shape.height, shape.width],
+        images: dataset.len(),
+        names,
+    };
+
+    let file = Atomic::create(&args.out)?;
+    let mut writer = CompressedWriter::new(file, head)?;
+    let loader = loader(&model, dataset.clone(), IMAGES_PER_BLOCK)?;
+    let (mut bits, mut done) = (BlockBits::default(), 0);
+    let (start, mut said) = (Instant::now(), Instant::now());
+    for batch in loader.epoch(0, 0) {
+        let batch = batch?;
+        let codes = model.encode(&batch.images.to_device(&device)?)?;
+        let labels = batch.labels.to_vec1::<u32>()?;
+        let labels = priors
+            .first()
+            .map(Prior::config)
+            .map(|config| config.labels_of(dataset.class_names(), &labels));
+        let pixels = if args.lossless {
+            Some(model.config().normalization.pixels(&batch.images)?)
+        } else {
+            None
+        };
+        let block = Block { labels: labels.unwrap_or_default(), codes, pixels };
+        bits.add(&writer.write(&codec, &block)?);
+        done += batch.indices.len();
+        if said.elapsed() > PAUSE {
+            said = Instant::now();
+            progress("compress", (done, dataset.len()), start, format)?;
+        }
+    }
+    let (file, payload, overhead) = writer.finish()?;
+    file.finish()?;
+    report(&args.out, dataset.as_ref(), &bits, (payload, overhead), format)
+}
+
+impl CompressArgs {
+    /// The images, and their names where they have any.
+    fn images(
+        &self,
+        folder: &Path,
+        model: &VqVae,
+        format: LogFormat,
+    ) -> Result<(Arc<dyn Dataset>, Vec<String>)> {
+        let Some(split) = self.dataset else {
+            let pictures = self.images.load(model.config(), format)?;
+            let name = |path: &PathBuf| path.to_string_lossy().into_owned();
+            let names = pictures.iter().map(|picture| name(&picture.path)).collect();
+            return Ok((images::dataset(&pictures)?, names));
+        };
+        let splits = open_for(model, folder, &self.data, format)?;
+        Ok((split.of(&splits).clone(), Vec::new()))
+    }
+}
+
+/// How far a command is, and how fast.
+pub(super) fn progress(
+    command: &str,
+    (done, images): (usize, usize),
+    start: Instant,
+    format: LogFormat,
+) -> Result<()> {
+    let speed = done as f64 / start.elapsed().as_secs_f64().max(1e-9);
+    let left = output::duration((images - done) as f64 / speed.max(1e-9));
+    let text = format!("{command}  {done}/{images}  {speed:.0} images/s  {left} left");
+    let record = json!({ "event": "progress", "command": command, "images": done, "of": images,
+        "images_per_second": speed });
+    output::result(format, text, &record)
+}
+
+fn report(
+    out: &Path,
+    dataset: &dyn Dataset,
+    bits: &BlockBits,
+    (payload, overhead): (u64, u64),
+    format: LogFormat,
+) -> Result<()> {
+    let images = dataset.len();
+    let dimensions = (images * dataset.shape().pixels()) as f64;
+    let total = payload + overhead;
+    let mut terms = Vec::new();
+    for (level, bits) in bits.levels.iter().enumerate() {
+        terms.push(format!("{bits:.0} for the codes of level {level}"));
+    }
+    if bits.labels > 0.0 {
+        terms.push(format!("{:.0} for labels", bits.labels));
+    }
+    if bits.pixels > 0.0 {
+        terms.push(format!("{:.0} for pixels", bits.pixels));
+    }
+    let text = format!(
+        "{}  {images} images of {}, {total} bytes, {:.4} bits per dimension\n  computed  {:.0} bits: {}\n  written   \
+         {} bits ({:+.3}%), and {overhead} bytes of head and checksums",
+        out.display(),
+        dataset.name(),
+        total as f64 * 8.0 / dimensions,
+        bits.total(),
+        terms.join(", "),
+        payload * 8,
+        ((payload * 8) as f64 / bits.total().max(f64::MIN_POSITIVE) - 1.0) * 100.0
+    );
+    let record = json!({ "event": "compressed", "path": out, "images": images, "data": dataset.name(),
+        "bytes": total, "payload_bytes": payload, "overhead_bytes": overhead,
+        "computed_bits": bits.total(), "computed_bits_labels": bits.labels,
+        "computed_bits_levels": bits.levels, "computed_bits_pixels": bits.pixels,
+        "bits_per_dim": total as f64 * 8.0 / dimensions });
+    output::result(format, text, &record)
+}
