@@ -17,6 +17,7 @@ pub(crate) const SQUARE: usize = 16;
 /// One product: `c[i·c_step + j] (+)= Σ_p a(i, p) · b[p][j]`, each term the sum over a pair.
 pub(crate) struct Product {
     /// At most [`Kernels::rows`].
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only AMX asks"))]
     pub rows: usize,
     /// Pairs to sum over, a multiple of [`STEP`].
     pub pairs: usize,
