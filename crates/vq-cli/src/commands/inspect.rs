@@ -6,8 +6,9 @@ use candle_core::Device;
 use clap::Args;
 use serde_json::{Value, json};
 use vq_model::{QuantizerConfig, QuantizerKind, VqVae};
-use vq_train::{Progress, TRAINING_FILE, read_progress, resolve_model};
+use vq_train::{Progress, TRAINING_FILE, is_prior, read_progress, resolve_model};
 
+use super::inspect_prior;
 use crate::cli::LogFormat;
 use crate::error::Result;
 use crate::output;
@@ -15,16 +16,19 @@ use crate::output;
 /// Show what is in a checkpoint: architecture, size, normalisation, codebook use, training state.
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// A run's folder (its best checkpoint), a checkpoint's (RUN/last) or a model's.
+    /// A run's folder (its best checkpoint), a checkpoint's (RUN/last) or a model's; of a model or a prior.
     #[arg(default_value = "results", value_name = "FOLDER")]
     model: PathBuf,
 }
 
 pub(crate) fn run(args: &InspectArgs, format: LogFormat) -> Result<()> {
     let folder = resolve_model(&args.model)?;
-    let model = VqVae::from_pretrained(&folder, &Device::Cpu)?;
     let progress =
         if folder.join(TRAINING_FILE).is_file() { Some(read_progress(&folder)?) } else { None };
+    if is_prior(&folder)? {
+        return inspect_prior::run(&folder, progress.as_ref(), format);
+    }
+    let model = VqVae::from_pretrained(&folder, &Device::Cpu)?;
     if format == LogFormat::Json {
         return output::line(json!({
             "event": "inspected",
@@ -45,7 +49,7 @@ pub(crate) fn run(args: &InspectArgs, format: LogFormat) -> Result<()> {
     }
 }
 
-fn count(vars: &std::collections::BTreeMap<String, candle_core::Var>) -> usize {
+pub(super) fn count(vars: &std::collections::BTreeMap<String, candle_core::Var>) -> usize {
     vars.values().map(|var| var.elem_count()).sum()
 }
 
@@ -112,7 +116,7 @@ fn codes(quantizer: &QuantizerConfig) -> String {
     parts.join(", ")
 }
 
-fn training(progress: &Progress) -> Result<()> {
+pub(super) fn training(progress: &Progress) -> Result<()> {
     output::line(format!(
         "training      step {}: {} epochs and {} of {} batches done, seed {}",
         progress.step, progress.epoch, progress.batch, progress.batches_per_epoch, progress.seed
@@ -130,7 +134,7 @@ fn training(progress: &Progress) -> Result<()> {
     Ok(())
 }
 
-fn state(progress: &Progress) -> Value {
+pub(super) fn state(progress: &Progress) -> Value {
     json!({
         "step": progress.step,
         "epoch": progress.epoch,
