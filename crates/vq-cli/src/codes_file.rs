@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use candle_core::{Device, Tensor};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
-use vq_model::Codes;
+use serde::{Deserialize, Serialize};
+use vq_model::{Codes, Precision};
 
 use crate::error::{Error, Result};
 use crate::{file, npy};
@@ -17,6 +18,15 @@ pub(crate) struct CodesFile {
     pub(crate) codes: Codes,
     /// Where the images came from, one per image; empty where that is not known.
     pub(crate) images: Vec<PathBuf>,
+    /// The format of the factors that the encoder multiplied with, as far as the file has room for it.
+    pub(crate) precision: Precision,
+}
+
+/// The metadata. Files that hold only the images' names are older.
+#[derive(Default, Serialize, Deserialize)]
+struct About {
+    images: Vec<PathBuf>,
+    precision: Precision,
 }
 
 /// The format that a file's name asks for.
@@ -39,7 +49,7 @@ impl Format {
     }
 }
 
-/// The metadata's only key: several would be stored in an order that changes from run to run.
+/// The metadata's only key, called after what it held at first: several would be stored in an order that changes from run to run.
 const KEY: &str = "images";
 
 impl CodesFile {
@@ -67,7 +77,8 @@ impl CodesFile {
     fn safetensors(&self, levels: &[(Vec<usize>, Vec<u32>)]) -> Result<Vec<u8>> {
         let images: Vec<String> =
             self.images.iter().map(|path| path.to_string_lossy().into_owned()).collect();
-        let metadata = HashMap::from([(KEY.to_owned(), serde_json::json!(images).to_string())]);
+        let about = serde_json::json!({ "images": images, "precision": self.precision });
+        let metadata = HashMap::from([(KEY.to_owned(), about.to_string())]);
         let data: Vec<Vec<u8>> = levels
             .iter()
             .map(|(_, values)| values.iter().flat_map(|value| value.to_le_bytes()).collect())
@@ -99,7 +110,8 @@ impl CodesFile {
                     shape.insert(0, 1);
                 }
                 let codes = Tensor::from_vec(values, shape, &Device::Cpu)?;
-                Ok(Self { codes: Codes { levels: vec![codes] }, images: Vec::new() })
+                let precision = Precision::default();
+                Ok(Self { codes: Codes { levels: vec![codes] }, images: Vec::new(), precision })
             }
             Format::SafeTensors => Self::from_safetensors(&bytes).map_err(damaged),
         }
@@ -122,8 +134,13 @@ impl CodesFile {
             return Err("it has no tensor `levels.0`".to_owned());
         }
         let (_, metadata) = SafeTensors::read_metadata(bytes).map_err(|error| text(&error))?;
-        let images = metadata.metadata().as_ref().and_then(|entries| entries.get(KEY));
-        let images = images.and_then(|json| serde_json::from_str(json).ok()).unwrap_or_default();
-        Ok(Self { codes: Codes { levels }, images })
+        let about = metadata.metadata().as_ref().and_then(|entries| entries.get(KEY));
+        let about = about.and_then(|json| {
+            let names =
+                || serde_json::from_str(json).map(|images| About { images, ..About::default() });
+            serde_json::from_str::<About>(json).or_else(|_| names()).ok()
+        });
+        let About { images, precision } = about.unwrap_or_default();
+        Ok(Self { codes: Codes { levels }, images, precision })
     }
 }

@@ -42,6 +42,10 @@ pub struct CodesManifest {
     pub format_version: u32,
     /// A hash of the model that made the codes: another model would read other things into them.
     pub model: String,
+    /// The format of the factors that the encoder multiplied with: another one rounds otherwise, and gives
+    /// some images other codes. Not written where it is `f32`.
+    #[serde(default = "f32_precision", skip_serializing_if = "is_f32")]
+    pub precision: String,
     /// What was done to the pixels before they were encoded.
     pub normalization: Normalization,
     /// The data set's name.
@@ -58,6 +62,14 @@ pub struct CodesManifest {
     pub class_names: Vec<String>,
     /// The levels of codes, bottom (finest) first.
     pub levels: Vec<CodesLevel>,
+}
+
+fn f32_precision() -> String {
+    "f32".to_owned()
+}
+
+fn is_f32(precision: &str) -> bool {
+    precision == "f32"
 }
 
 /// One level of codes.

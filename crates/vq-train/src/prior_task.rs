@@ -2,13 +2,14 @@
 
 use std::collections::BTreeMap;
 use std::path::Path;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 
 use candle_core::{Device, Tensor, Var};
 use vq_model::{Codes, Stream, VqVae};
 use vq_prior::{Conditions, Prior, SampleOptions, Training};
 
 use crate::prior_codes::PriorCodes;
+use crate::prior_evaluation::judge;
 use crate::recipe_toml::first_difference;
 use crate::{
     CodesBatch, Error, Evaluation, Forward, Metrics, PriorRecipe, PriorTrainConfig, Result,
@@ -180,25 +181,10 @@ impl Trainable for PriorTask {
     ///
     /// The score is −`bits_per_code`.
     fn evaluate(&self, stop: &AtomicBool) -> Result<Option<Evaluation>> {
-        let images: Vec<usize> = (0..self.held_out.len()).collect();
-        let mut nats = 0.0;
-        for indices in images.chunks(self.config.batch_size.max(1)) {
-            if stop.load(Ordering::Relaxed) {
-                return Ok(None);
-            }
-            let batch = self.held_out.batch(indices)?;
-            for value in self.prior.log_likelihood(&batch.codes, &batch.conditions())? {
-                nats -= value;
-            }
-        }
-        let per_image = nats / images.len() as f64;
-        let per_code = per_image / self.prior.config().codes_per_image() as f64;
-        let bits = per_code / std::f64::consts::LN_2;
-        let metrics = Metrics::new()
-            .with("nats_per_code", per_code)
-            .with("bits_per_code", bits)
-            .with("bits_per_image", per_image / std::f64::consts::LN_2)
-            .with("unigram_bits_per_code", self.unigram_bits);
+        let (batch, unigram) = (self.config.batch_size, self.unigram_bits);
+        let metrics = judge(&self.prior, &self.held_out, unigram, batch, stop)?;
+        let Some(metrics) = metrics else { return Ok(None) };
+        let bits = metrics.get("bits_per_code").unwrap_or(f64::NAN);
         let drawn = self.draw()?;
         Ok(Some(Evaluation { metrics, score: -bits, usage: Vec::new(), samples: None, drawn }))
     }

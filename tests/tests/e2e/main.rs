@@ -13,6 +13,8 @@ mod disk;
 #[cfg(unix)]
 mod killed;
 #[cfg(test)]
+mod likelihood;
+#[cfg(test)]
 mod made;
 #[cfg(test)]
 mod model;

@@ -211,7 +211,10 @@ fn codes_and_priors_of_another_model_are_refused() {
     sample(&["prior"], &["1 level(s)", "2 prior(s)", "top one first"]);
     sample(&["--class=dragon"], &["dragon", "heart", "0 to 9"]);
     sample(&["--temperature=-1"], &["temperature"]);
+    sample(&["--top-p=0"], &["top_p"]);
+    sample(&["--guidance=nan"], &["guidance"]);
     sample(&["--count=0"], &["--count"]);
+    assert!(!folder.join("refused").exists());
     fail(folder, ["sample", "--model", &model, "--prior", &model], &["unknown field"]);
 }
 

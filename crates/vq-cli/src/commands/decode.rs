@@ -84,7 +84,7 @@ impl Levels {
 
 pub(crate) fn run(args: &DecodeArgs, format: LogFormat) -> Result<()> {
     let device = args.compute.start()?;
-    let CodesFile { codes, images } = CodesFile::read(&args.codes)?;
+    let CodesFile { codes, images, .. } = CodesFile::read(&args.codes)?;
     let model = args.compute.load(&args.model, &device)?;
     codes.validate(model.config()).map_err(|error| {
         Error::other(format!("{}: {error}; was it made with another model?", args.codes.display()))

@@ -75,7 +75,8 @@ pub(crate) fn run(args: &EncodeArgs, format: LogFormat) -> Result<()> {
     let record =
         json!({ "event": "encoded", "path": out, "images": pictures.len(), "codes": grids });
     let images = pictures.iter().map(|picture| picture.path.clone()).collect();
-    CodesFile { codes: codes.clone(), images }.write(out)?;
+    let precision = args.compute.precision.unwrap_or_default();
+    CodesFile { codes: codes.clone(), images, precision }.write(out)?;
     output::result(format, text, &record)
 }
 

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::json;
 use vq_data::{CODES_FORMAT_VERSION, CODES_ORDER, CodesLevel, CodesManifest, CodesWriter, Dataset};
-use vq_model::{Config, VqVae};
+use vq_model::{Config, Precision, VqVae};
 use vq_train::{model_hash, resolve_model};
 
 use super::encode::{BATCH, EncodeArgs, loader};
@@ -24,8 +24,9 @@ pub(crate) fn run(args: &EncodeArgs, split: Split, format: LogFormat) -> Result<
     let splits = open_for(&model, &folder, &args.data, format)?;
     let dataset = split.of(&splits);
     let out = args.out.as_deref().unwrap_or(Path::new("codes"));
-    let manifest =
+    let mut manifest =
         manifest(model_hash(&folder)?, model.config(), dataset.as_ref(), split, args.shard_images)?;
+    manifest.precision = args.compute.precision.unwrap_or_default().to_string();
     let bytes = manifest.bytes();
     let mut writer = CodesWriter::open(out, manifest)?;
     let first = writer.next_image();
@@ -79,6 +80,7 @@ fn manifest(
     Ok(CodesManifest {
         format_version: CODES_FORMAT_VERSION,
         model,
+        precision: Precision::default().to_string(),
         normalization: vq_data::Normalization {
             mean: config.normalization.mean.clone(),
             std: config.normalization.std.clone(),

@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use serde_json::{Map, Value, json};
 use vq_data::pixel_variance;
-use vq_train::{EvaluateOptions, Evaluation, bits_per_dim, evaluate, model_hash, resolve_model};
+use vq_train::{
+    EvaluateOptions, Evaluation, bits_per_dim, evaluate, is_prior, model_hash, resolve_model,
+};
 
-use super::priors;
+use super::{eval_prior, priors};
 use crate::cli::LogFormat;
 use crate::compute::ComputeArgs;
 use crate::data_args::{DataArgs, Split, name_broken, open_for};
@@ -16,12 +18,13 @@ use crate::error::{Error, Result};
 use crate::observers::{save_samples, save_usage};
 use crate::{file, output};
 
-/// Judge a model on a data set: MSE, PSNR, SSIM, perplexity, codes in use.
+/// Judge a model on a data set: MSE, PSNR, SSIM, perplexity, codes in use. Or a prior on codes: nats and bits
+/// per code.
 ///
 /// Without --data, on the data that the model's run was trained on.
 #[derive(Debug, Args)]
 pub(crate) struct EvalArgs {
-    /// The model: a run's folder (its best checkpoint), a checkpoint's or a model's.
+    /// The model, or a prior: a run's folder (its best checkpoint), a checkpoint's or a model's.
     #[arg(long, default_value = "results", value_name = "FOLDER")]
     model: PathBuf,
 
@@ -37,6 +40,11 @@ pub(crate) struct EvalArgs {
     /// codes also `eval_recon_level0.png`, … (from each level alone, 0 = bottom) and `eval_codebook.1.svg`, ….
     #[arg(long, value_name = "FOLDER")]
     out: Option<PathBuf>,
+
+    /// Of a prior: the codes to judge it on, a folder that `vq encode --dataset` wrote [default: those that
+    /// its run held out].
+    #[arg(long, value_name = "FOLDER")]
+    codes: Option<PathBuf>,
 
     /// Count the bits: −log₂ p(x|z) of the pixels and −log₂ p(z) of all codes, over the dimensions of an
     /// image. The model needs a likelihood, as those of the recipe cifar10-likelihood.
@@ -61,6 +69,19 @@ const SAMPLES: usize = 64;
 pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
     let device = args.compute.start()?;
     let folder = resolve_model(&args.model)?;
+    if is_prior(&folder)? {
+        if args.bits_per_dim {
+            return Err(Error::other(format!(
+                "{} is a prior: give the model (--model) and the prior beside it (--prior)",
+                folder.display()
+            )));
+        }
+        let (codes, batch_size) = (args.codes.as_ref(), args.batch_size);
+        return eval_prior::run(&folder, codes, batch_size, &device, format);
+    }
+    if args.codes.is_some() {
+        return Err(Error::other("--codes is for judging a prior, and --model is none"));
+    }
     let model = args.compute.load(&folder, &device)?;
     let splits = open_for(&model, &folder, &args.data, format)?;
     let dataset = args.split.of(&splits);

@@ -7,10 +7,11 @@ use clap::Args;
 use serde_json::{Value, json};
 use vq_model::{CodebookGeometry, QuantizerConfig, QuantizerKind, VqVae};
 use vq_train::{
-    Advice, EpochRecord, Metrics, Progress, TRAINING_FILE, TrainConfig, doctor, read_progress,
-    resolve_model,
+    Advice, EpochRecord, Metrics, Progress, TRAINING_FILE, TrainConfig, doctor, is_prior,
+    read_progress, resolve_model,
 };
 
+use super::inspect_prior;
 use crate::cli::LogFormat;
 use crate::data_args::trained_with;
 use crate::error::Result;
@@ -20,16 +21,19 @@ use crate::output;
 /// state, and what could be better about the codebooks.
 #[derive(Debug, Args)]
 pub(crate) struct InspectArgs {
-    /// A run's folder (its best checkpoint), a checkpoint's (RUN/last) or a model's.
+    /// A run's folder (its best checkpoint), a checkpoint's (RUN/last) or a model's; of a model or a prior.
     #[arg(default_value = "results", value_name = "FOLDER")]
     model: PathBuf,
 }
 
 pub(crate) fn run(args: &InspectArgs, format: LogFormat) -> Result<()> {
     let folder = resolve_model(&args.model)?;
-    let model = VqVae::from_pretrained(&folder, &Device::Cpu)?;
     let progress =
         if folder.join(TRAINING_FILE).is_file() { Some(read_progress(&folder)?) } else { None };
+    if is_prior(&folder)? {
+        return inspect_prior::run(&folder, progress.as_ref(), format);
+    }
+    let model = VqVae::from_pretrained(&folder, &Device::Cpu)?;
     let codebooks = codebooks(&model)?;
     let train = trained_with(&folder).ok().flatten().map(|recipe| recipe.train).unwrap_or_default();
     let advice = advice(&model, &train, progress.as_ref())?;
@@ -114,7 +118,7 @@ fn advice(model: &VqVae, train: &TrainConfig, progress: Option<&Progress>) -> Re
     Ok(doctor::advise(model.config(), train, &record, is_late))
 }
 
-fn count(vars: &std::collections::BTreeMap<String, candle_core::Var>) -> usize {
+pub(super) fn count(vars: &std::collections::BTreeMap<String, candle_core::Var>) -> usize {
     vars.values().map(|var| var.elem_count()).sum()
 }
 
@@ -181,7 +185,7 @@ fn codes(quantizer: &QuantizerConfig) -> String {
     parts.join(", ")
 }
 
-fn training(progress: &Progress) -> Result<()> {
+pub(super) fn training(progress: &Progress) -> Result<()> {
     output::line(format!(
         "training      step {}: {} epochs and {} of {} batches done, seed {}",
         progress.step, progress.epoch, progress.batch, progress.batches_per_epoch, progress.seed
@@ -199,7 +203,7 @@ fn training(progress: &Progress) -> Result<()> {
     Ok(())
 }
 
-fn state(progress: &Progress) -> Value {
+pub(super) fn state(progress: &Progress) -> Value {
     json!({
         "step": progress.step,
         "epoch": progress.epoch,

@@ -102,20 +102,24 @@ const BATCH: usize = 64;
 const MOST_COLUMNS: usize = 16;
 
 pub(crate) fn run(args: &SampleArgs, format: LogFormat) -> Result<()> {
+    args.options(0, 0).validate()?;
+    if args.count == 0 {
+        return Err(Error::other("there is nothing to draw: --count must be at least 1"));
+    }
     let device = args.compute.start()?;
     let folder = resolve_model(&args.model)?;
     let model = args.compute.load(&folder, &device)?;
     let hash = model_hash(&folder)?;
     let priors = priors::load(&args.prior, &model, &hash, &device)?;
     let labels = args.labels(&priors)?;
+    let stresses_classes = (args.guidance - 1.0).abs() > 0.0;
+    if stresses_classes && priors.iter().any(|prior| prior.config().class_count == 0) {
+        return Err(Error::other("the prior was trained without classes: leave out --guidance"));
+    }
     let given = match (&args.complete, args.keep) {
         (Some(path), Some(keep)) => Some((given(path, &model, &device)?, keep)),
         _ => None,
     };
-    if args.count == 0 {
-        return Err(Error::other("there is nothing to draw: --count must be at least 1"));
-    }
-
     file::make_folder(&args.out)?;
     let mut all = Vec::new();
     for first in (0..args.count).step_by(BATCH) {
@@ -174,6 +178,23 @@ impl SampleArgs {
         Ok(Some(vec![label as u32; self.count]))
     }
 
+    /// For images from number `first` on, at the level `index` from the top.
+    fn options(&self, index: usize, first: usize) -> SampleOptions {
+        SampleOptions {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            guidance: self.guidance,
+            // What is drawn at one level must not echo what was drawn at another.
+            seed: match index {
+                0 => self.seed,
+                index => Stream::new(self.seed, "sample.level", index as u64).next_seed(),
+            },
+            first_image: first as u64,
+            recompute: false,
+        }
+    }
+
     /// The codes of `count` images from number `first` on: level by level, from the top.
     fn draw(
         &self,
@@ -190,19 +211,7 @@ impl SampleArgs {
         let mut levels: Vec<Tensor> = Vec::new();
         for (index, prior) in priors.iter().enumerate() {
             let conditions = Conditions { labels: labels.as_ref(), conditioning: &levels };
-            let options = SampleOptions {
-                temperature: self.temperature,
-                top_k: self.top_k,
-                top_p: self.top_p,
-                guidance: self.guidance,
-                // What is drawn at one level must not echo what was drawn at another.
-                seed: match index {
-                    0 => self.seed,
-                    index => Stream::new(self.seed, "sample.level", index as u64).next_seed(),
-                },
-                first_image: first as u64,
-                recompute: false,
-            };
+            let options = self.options(index, first);
             let mut parts = None;
             if let Some((codes, keep)) = given
                 && let Some(codes) = codes.levels.get(priors.len() - 1 - index)

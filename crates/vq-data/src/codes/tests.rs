@@ -6,6 +6,7 @@ fn manifest(images: usize, images_per_shard: usize) -> CodesManifest {
     CodesManifest {
         format_version: CODES_FORMAT_VERSION,
         model: "abc".to_owned(),
+        precision: "f32".to_owned(),
         normalization: Normalization { mean: vec![0.4914], std: vec![0.1] },
         dataset: "toy".to_owned(),
         split: "train".to_owned(),

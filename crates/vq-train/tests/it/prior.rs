@@ -52,6 +52,7 @@ fn codes(folder: &Path, hash: &str, images: usize) {
     let manifest = CodesManifest {
         format_version: CODES_FORMAT_VERSION,
         model: hash.to_owned(),
+        precision: "f32".to_owned(),
         normalization: Normalization::identity(3),
         dataset: "toy".to_owned(),
         split: "train".to_owned(),
