@@ -4,8 +4,8 @@ Made with Python 3.11.7 and PyTorch 2.15.0 (CPU). Deterministic: the same versio
 in f64 from values that are exact in f32, stored as f32.
 
 The mixture is the loss of PixelCNN++ (Salimans et al. 2017; openai/pixel-cnn, nn.py,
-`discretized_mix_logistic_loss`) with the difference of the two sigmoids taken as it is: in f64 these values
-need no fallback.
+`discretized_mix_logistic_loss`) with the difference of the two sigmoids taken on the side where they are small: in
+f64 these values need no fallback.
 
 Tensors, for each case: CASE/params [N,P], CASE/pixels [N,C] (as f32), CASE/nats [N], CASE/means [N,C], CASE/weights
 [N] and CASE/grad = d sum(weights * nats) / d params.
@@ -47,12 +47,13 @@ def mixture(params, pixels):
 
     centred = x - conditional(lambda channel, _: x[:, channel])
     inverse = torch.exp(-log_scales)
-    upper = torch.sigmoid(inverse * (centred + 1 / 255))
-    lower = torch.sigmoid(inverse * (centred - 1 / 255))
-    pixels = pixels[:, :, None]
-    upper = torch.where(pixels == 255, torch.ones_like(upper), upper)
-    lower = torch.where(pixels == 0, torch.zeros_like(lower), lower)
-    nats = -torch.logsumexp((upper - lower).log().sum(1) + weights, dim=-1)
+    upper, lower = inverse * (centred + 1 / 255), inverse * (centred - 1 / 255)
+    first, last = (pixels == 0)[:, :, None], (pixels == 255)[:, :, None]
+    # Above the mean the difference of what lies above is taken: both sigmoids themselves round to 1 far up.
+    below = upper.sigmoid().where(~last, 1.0) - lower.sigmoid().where(~first, 0.0)
+    above = (-lower).sigmoid().where(~first, 1.0) - (-upper).sigmoid().where(~last, 0.0)
+    mass = torch.where(centred > 0, above, below)
+    nats = -torch.logsumexp(mass.log().sum(1) + weights, dim=-1)
     # No channel's mean leaves [-1, 1] for these parameters.
     expected = conditional(lambda _, mean: mean)
     assert expected.abs().max() < 1
@@ -74,6 +75,7 @@ for name, function, size in [("categorical", categorical, 768), ("mixture", mixt
     nats, means = function(params, pixels)
     assert nats.isfinite().all()
     (weights * nats).sum().backward()
+    assert params.grad.isfinite().all()
     values = dict(params=params, pixels=pixels, nats=nats, means=means, weights=weights, grad=params.grad)
     OUT.update({f"{name}/{key}": value for key, value in values.items()})
 write(pathlib.Path(__file__).with_name("likelihood.safetensors"), OUT)
