@@ -28,6 +28,7 @@ mod checkpoint;
 mod error;
 mod evaluate;
 mod event;
+mod figures;
 mod file;
 mod hash;
 mod jsonl;
@@ -55,6 +56,7 @@ pub use event::{
     Best, CheckpointSaved, EpochFinished, EpochRecord, Event, Observer, RunEnded, RunStarted,
     StepFinished, Warning, WarningKind,
 };
+pub use figures::Figures;
 pub use hash::model_hash;
 pub use jsonl::{MetricsFile, read_metrics, record};
 pub use memory::{MemoryEstimate, available_memory};
