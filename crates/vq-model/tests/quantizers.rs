@@ -183,7 +183,14 @@ fn a_saved_model_of_every_quantizer_loads_to_the_bit_and_goes_on_alike() {
                 .forward_training(&images, TrainingStep { seed: 4, step, first_image: 0 })
                 .unwrap();
             let reports = model.update_codebooks(&output.z_e, &output.codes, &options, step);
-            (reports.unwrap(), values(&output.reconstruction))
+            let reports: Vec<_> = reports
+                .unwrap()
+                .into_iter()
+                .map(|report| {
+                    (report.counts().unwrap(), report.revived, report.codebook, report.parameter)
+                })
+                .collect();
+            (reports, values(&output.reconstruction))
         };
         step(&model, 1);
         model.save(folder.path()).unwrap();
