@@ -3,3 +3,4 @@
 pub mod bench;
 pub mod ci;
 pub mod download_cifar;
+pub mod gpu_check;

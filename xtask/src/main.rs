@@ -5,7 +5,7 @@ use std::io::Write;
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use xtask::{bench, ci, download_cifar};
+use xtask::{bench, ci, download_cifar, gpu_check};
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", about = "Tasks around the project")]
@@ -22,6 +22,8 @@ enum Task {
     Ci,
     /// Measure our code, naive candle and PyTorch on the same work, in turn
     Bench(bench::Options),
+    /// Check a GPU against the CPU, measure training on it, and compare with PyTorch
+    GpuCheck(gpu_check::Options),
     /// One measured program of `bench`
     #[cfg(feature = "bench")]
     #[command(hide = true)]
@@ -52,6 +54,11 @@ fn run(task: Task) -> Result<String, Box<dyn Error + Send + Sync>> {
         Task::DownloadCifar(options) => download_cifar::run(&options)?.to_string(),
         Task::Ci => ci::run()?,
         Task::Bench(options) => bench::run(&options)?,
+        Task::GpuCheck(options) => {
+            #[cfg(feature = "bench")]
+            vq_ops::process::keep_memory();
+            gpu_check::run(&options)?
+        }
         #[cfg(feature = "bench")]
         Task::BenchWorker { work, way } => {
             vq_ops::process::keep_memory();

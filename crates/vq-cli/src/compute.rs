@@ -27,6 +27,10 @@ pub(crate) struct ComputeArgs {
     /// [default: f32, or in training the recipe's].
     #[arg(long, value_name = "FORMAT")]
     pub(crate) precision: Option<Precision>,
+
+    /// On CUDA, take f32 convolutions in full; else their factors are rounded to TF32 (10 bits of mantissa).
+    #[arg(long)]
+    strict_f32: bool,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -66,17 +70,21 @@ impl ComputeArgs {
             .use_current_thread()
             .build_global()
             .map_err(|error| Error::other(format!("cannot start the threads: {error}")))?;
-        if self.precision.is_some_and(|precision| !precision.is_native()) {
+        vq_ops::set_strict_f32(self.strict_f32);
+        let device = match self.device {
+            DeviceChoice::Cpu => Device::Cpu,
+            DeviceChoice::Cuda(number) => cuda(number)?,
+            DeviceChoice::Metal => metal()?,
+            DeviceChoice::Auto => automatic(),
+        };
+        tracing::info!("computing on the {}", name(&device));
+        let is_slow = self.precision.is_some_and(|precision| !precision.is_native());
+        if device.is_cpu() && is_slow {
             tracing::warn!(
                 "this CPU has no instructions for bf16 (AMX or AVX512-BF16): it is emulated, slower than f32"
             );
         }
-        match self.device {
-            DeviceChoice::Cpu => Ok(Device::Cpu),
-            DeviceChoice::Cuda(number) => cuda(number),
-            DeviceChoice::Metal => metal(),
-            DeviceChoice::Auto => Ok(automatic()),
-        }
+        Ok(device)
     }
 }
 
@@ -125,7 +133,7 @@ fn cuda(number: usize) -> Result<Device> {
     if !cuda_is_available() {
         return Err(not_built("CUDA", "cuda"));
     }
-    Device::new_cuda(number).map_err(|error| unusable(&format!("CUDA device {number}"), &error))
+    vq_ops::open_cuda(number).map_err(|error| unusable(&format!("CUDA device {number}"), &error))
 }
 
 fn metal() -> Result<Device> {
@@ -144,7 +152,8 @@ fn not_built(name: &str, feature: &str) -> Error {
 
 fn unusable(name: &str, error: &candle_core::Error) -> Error {
     Error::other(format!(
-        "cannot use {name}: {error}; is its driver installed? Or use --device cpu"
+        "cannot use {name}: {error}; are its driver and libraries installed and found (LD_LIBRARY_PATH)? Or \
+         use --device cpu"
     ))
 }
 

@@ -19,7 +19,10 @@ fn a_saved_model_loads_to_the_bit_with_averages_and_the_kmeans_flag_and_goes_on_
         let options = CodebookUpdate { revive_threshold: 0.3, seed: 4 };
         let step = |model: &VqVae, step: u64| {
             let output = model.evaluate(&images).unwrap();
-            model.update_codebooks(&output.z_e, &output.codes, &options, step).unwrap()
+            let reports = model.update_codebooks(&output.z_e, &output.codes, &options, step);
+            let figures =
+                |report: vq_model::CodebookReport| (report.counts().unwrap(), report.revived);
+            reports.unwrap().into_iter().map(figures).collect::<Vec<_>>()
         };
         step(&model, 1);
         model.save(folder.path()).unwrap();

@@ -5,6 +5,14 @@ use candle_core::{D, DType, Result, Tensor};
 
 use crate::{Conv2d, ConvTranspose2d, Precision};
 
+/// Runs `work` with operations of this crate in their composed form alone, whatever the device: what a
+/// device without kernels of ours does, on one that has them. For tests; concerns this thread.
+///
+/// The environment variable `VQ_OPS_FORM=composed` does the same for a whole process.
+pub fn only<R>(work: impl FnOnce() -> R) -> R {
+    crate::dispatch::only_composed(work)
+}
+
 /// ReLU whose gradient is 0 at 0, as PyTorch's (candle's is 1 there), and that lets NaN through
 /// (candle's makes it 0, which would hide a model that diverged).
 pub fn relu(x: &Tensor) -> Result<Tensor> {
@@ -73,15 +81,28 @@ pub fn nearest_codes(z: &Tensor, codebook: &Tensor) -> Result<Tensor> {
     Tensor::from_vec(codes, n, z.device())
 }
 
-/// [`crate::code_statistics`] as a one-hot matrix product.
+/// Elements of the largest matrix that is held for vectors × codes.
+pub(crate) const MATRIX: usize = 1 << 25;
+
+/// [`crate::code_statistics`] as a one-hot matrix product. A code that is out of range counts for nothing.
 pub fn code_statistics(
     z: &Tensor,
     codes: &Tensor,
     codebook_size: usize,
 ) -> Result<(Tensor, Tensor)> {
-    let ids = Tensor::arange(0u32, codebook_size as u32, z.device())?;
-    let one_hot = codes.unsqueeze(0)?.broadcast_eq(&ids.unsqueeze(1)?)?.to_dtype(z.dtype())?;
-    Ok((one_hot.sum(1)?, one_hot.matmul(z)?))
+    let ids = Tensor::arange(0u32, codebook_size as u32, z.device())?.unsqueeze(1)?;
+    let (count, dim) = z.dims2()?;
+    let mut counts = Tensor::zeros(codebook_size, z.dtype(), z.device())?;
+    let mut sums = Tensor::zeros((codebook_size, dim), z.dtype(), z.device())?;
+    let at_once = (MATRIX / codebook_size.max(1)).max(1);
+    for first in (0..count).step_by(at_once) {
+        let rows = at_once.min(count - first);
+        let codes = codes.narrow(0, first, rows)?.unsqueeze(0)?;
+        let one_hot = codes.broadcast_eq(&ids)?.to_dtype(z.dtype())?;
+        counts = (counts + one_hot.sum(1)?)?;
+        sums = (sums + one_hot.matmul(&z.narrow(0, first, rows)?)?)?;
+    }
+    Ok((counts, sums))
 }
 
 /// The values that products are taken of. Rounding has the gradient 1; the gradient of the products

@@ -1,14 +1,16 @@
 //! Convolutions on `[B, H, W, C]` tensors.
 
-use candle_core::{CpuStorage, CustomOp2, CustomOp3, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
 
 use crate::cpu::buffers::Buffers;
 use crate::cpu::conv::{Finish, Geometry, large_to_small, small_to_large};
 use crate::cpu::elements::Output;
 use crate::cpu::pack::Images;
 use crate::cpu::weight_gradient::{column_sums, weight_gradient};
+use crate::dispatch::{on_cpu, on_primitives};
+use crate::fused::{Convolution, Step};
 use crate::storage::{f32_elements, f32_slice};
-use crate::{Precision, composed};
+use crate::{Precision, composed, device_stack};
 
 /// How a kernel moves over its input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -123,7 +125,10 @@ pub fn conv2d(
         buffers: Buffers::default(),
     };
     check_bias(bias, geometry.small.channels)?;
-    if !x.device().is_cpu() {
+    if on_primitives(x.device()) && x.dtype() == DType::F32 {
+        return op.apply_on_device(x, weight, bias);
+    }
+    if !on_cpu(x.device()) {
         return composed::conv2d(x, weight, bias, config);
     }
     op.apply(x, weight, bias)
@@ -144,7 +149,10 @@ pub fn conv_transpose2d(
     let op =
         ConvOp { geometry, transposed: true, relu: config.relu_input, buffers: Buffers::default() };
     check_bias(bias, geometry.large.channels)?;
-    if !x.device().is_cpu() {
+    if on_primitives(x.device()) && x.dtype() == DType::F32 {
+        return op.apply_on_device(x, weight, bias);
+    }
+    if !on_cpu(x.device()) {
         return composed::conv_transpose2d(x, weight, bias, config);
     }
     op.apply(x, weight, bias)
@@ -223,6 +231,29 @@ impl ConvOp {
             Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, self),
             None => x.apply_op2(&weight, self),
         }
+    }
+
+    /// As a stack of one layer.
+    fn apply_on_device(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: Option<&Tensor>,
+    ) -> Result<Tensor> {
+        let bias = match bias {
+            Some(bias) => bias.clone(),
+            None => Tensor::zeros(self.ends().1.channels, DType::F32, x.device())?,
+        };
+        let (Self { geometry, transposed, relu, .. }, split) = (self, weight.elem_count());
+        let step = Step::Convolution(Convolution {
+            geometry: *geometry,
+            transposed: *transposed,
+            relu: *relu,
+            weight: 0..split,
+            bias: split..split + bias.elem_count(),
+        });
+        let theta = Tensor::cat(&[weight.flatten_all()?, bias], 0)?;
+        device_stack::run(vec![step], geometry.precision, x, &theta)
     }
 
     /// (input, output) sizes.

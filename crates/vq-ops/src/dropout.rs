@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use crate::dispatch::{on_cpu, on_cuda};
 use crate::math::vectorized;
 use crate::storage::f32_elements;
 
@@ -17,7 +18,7 @@ pub fn dropout(x: &Tensor, p: f64, seed: u64) -> Result<Tensor> {
         return Ok(x.clone());
     }
     let mask = Mask::new(p, seed);
-    if x.device().is_cpu() {
+    if on_cpu(x.device()) || on_cuda(x.device()) {
         x.contiguous()?.apply_op1(mask)
     } else {
         let factors: Vec<f32> = (0..x.elem_count()).map(|i| mask.factor(i)).collect();
@@ -72,6 +73,16 @@ impl CustomOp1 for Mask {
             });
         });
         Ok((CpuStorage::F32(y), layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let numbers = (self.threshold, self.scale, self.seed);
+        Ok((crate::cuda::training::dropout(x, layout, numbers)?, layout.shape().clone()))
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {

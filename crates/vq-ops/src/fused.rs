@@ -28,15 +28,18 @@ pub(crate) struct FusedStack {
 }
 
 /// A convolution within the stack.
-struct Convolution {
-    geometry: Geometry,
-    transposed: bool,
-    relu: bool,
-    weight: Range<usize>,
-    bias: Range<usize>,
+pub(crate) struct Convolution {
+    pub(crate) geometry: Geometry,
+    pub(crate) transposed: bool,
+    /// Whether its input goes through ReLU first.
+    pub(crate) relu: bool,
+    /// Where its parameters are among all.
+    pub(crate) weight: Range<usize>,
+    pub(crate) bias: Range<usize>,
 }
 
-enum Step {
+/// What a layer comes to for one input shape.
+pub(crate) enum Step {
     Convolution(Convolution),
     /// ReLU of that many dimensions.
     Relu(Vec<usize>),
@@ -63,60 +66,9 @@ impl FusedStack {
         buffers: &Buffers,
         keep: bool,
     ) -> Result<Self> {
-        let mut dims = input.to_vec();
-        let mut offset = 0;
-        let mut take = |shape: &[usize]| {
-            let start = offset;
-            offset += shape.iter().product::<usize>();
-            start..offset
-        };
-        let mut steps = Vec::with_capacity(layers.len());
-        for layer in layers {
-            let shapes: Vec<Vec<usize>> =
-                layer.parameters().into_iter().map(|(_, shape)| shape).collect();
-            let mut convolution = |geometry, transposed, relu, at: usize| -> Result<Convolution> {
-                let (Some(weight), Some(bias)) = (shapes.get(at), shapes.get(at + 1)) else {
-                    bail!("a layer without weight and bias");
-                };
-                let (weight, bias) = (take(weight), take(bias));
-                Ok(Convolution { geometry, transposed, relu, weight, bias })
-            };
-            let step = match layer {
-                Layer::Conv2d { config, .. } => Step::Convolution(convolution(
-                    Conv2d { precision, ..*config }.geometry(&dims, &shapes[0])?,
-                    false,
-                    config.relu_input,
-                    0,
-                )?),
-                Layer::ConvTranspose2d { config, .. } => Step::Convolution(convolution(
-                    ConvTranspose2d { precision, ..*config }.geometry(&dims, &shapes[0])?,
-                    true,
-                    config.relu_input,
-                    0,
-                )?),
-                Layer::Relu { .. } => Step::Relu(dims.clone()),
-                Layer::Residual { .. } => {
-                    let first = convolution(
-                        residual_3x3(precision).geometry(&dims, &shapes[0])?,
-                        false,
-                        true,
-                        0,
-                    )?;
-                    let hidden = first.output_dims();
-                    let second = convolution(
-                        residual_1x1(precision).geometry(&hidden, &shapes[2])?,
-                        false,
-                        true,
-                        2,
-                    )?;
-                    Step::Residual { first, second }
-                }
-            };
-            dims = step.output_dims();
-            steps.push(step);
-        }
+        let (steps, output) = plan(layers, precision, input)?;
         let (buffers, saved) = (buffers.clone(), Mutex::new(None));
-        Ok(Self { steps, output: dims, buffers, keep, saved })
+        Ok(Self { steps, output, buffers, keep, saved })
     }
 
     /// Runs all steps; gives the last one's output and, where asked for, the others'.
@@ -227,6 +179,67 @@ impl FusedStack {
         }
         (of_output.map(|gradient| gradient.read().values.to_vec()), of_theta)
     }
+}
+
+/// The steps of a chain of layers for an input of that shape, and the shape of its output.
+pub(crate) fn plan(
+    layers: &[Layer],
+    precision: Precision,
+    input: &[usize],
+) -> Result<(Vec<Step>, Vec<usize>)> {
+    let mut dims = input.to_vec();
+    let mut offset = 0;
+    let mut take = |shape: &[usize]| {
+        let start = offset;
+        offset += shape.iter().product::<usize>();
+        start..offset
+    };
+    let mut steps = Vec::with_capacity(layers.len());
+    for layer in layers {
+        let shapes: Vec<Vec<usize>> =
+            layer.parameters().into_iter().map(|(_, shape)| shape).collect();
+        let mut convolution = |geometry, transposed, relu, at: usize| -> Result<Convolution> {
+            let (Some(weight), Some(bias)) = (shapes.get(at), shapes.get(at + 1)) else {
+                bail!("a layer without weight and bias");
+            };
+            let (weight, bias) = (take(weight), take(bias));
+            Ok(Convolution { geometry, transposed, relu, weight, bias })
+        };
+        let step = match layer {
+            Layer::Conv2d { config, .. } => Step::Convolution(convolution(
+                Conv2d { precision, ..*config }.geometry(&dims, &shapes[0])?,
+                false,
+                config.relu_input,
+                0,
+            )?),
+            Layer::ConvTranspose2d { config, .. } => Step::Convolution(convolution(
+                ConvTranspose2d { precision, ..*config }.geometry(&dims, &shapes[0])?,
+                true,
+                config.relu_input,
+                0,
+            )?),
+            Layer::Relu { .. } => Step::Relu(dims.clone()),
+            Layer::Residual { .. } => {
+                let first = convolution(
+                    residual_3x3(precision).geometry(&dims, &shapes[0])?,
+                    false,
+                    true,
+                    0,
+                )?;
+                let hidden = first.output_dims();
+                let second = convolution(
+                    residual_1x1(precision).geometry(&hidden, &shapes[2])?,
+                    false,
+                    true,
+                    2,
+                )?;
+                Step::Residual { first, second }
+            }
+        };
+        dims = step.output_dims();
+        steps.push(step);
+    }
+    Ok((steps, dims))
 }
 
 /// `values` where `gate` is above zero (or not a number), zero elsewhere.

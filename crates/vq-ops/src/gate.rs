@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp2, CustomOp3, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use crate::dispatch::on_cpu;
 use crate::math::{sigmoid, tanh, vectorized};
 use crate::storage::{f32_elements, f32_slice};
 
@@ -12,7 +13,7 @@ use crate::storage::{f32_elements, f32_slice};
 /// `x` `[B, …, 2C]`, `per_image` `[B, 2C]`, or `[1, 2C]` for all → `[B, …, C]`. Differentiable in both.
 pub fn gate(x: &Tensor, per_image: &Tensor) -> Result<Tensor> {
     let sizes = Sizes::new(x.dims(), per_image.dims())?;
-    if x.device().is_cpu() {
+    if on_cpu(x.device()) {
         x.contiguous()?.apply_op2(&per_image.contiguous()?, Gate(sizes))
     } else {
         composed_gate(x, per_image)
@@ -26,7 +27,7 @@ pub fn gate_sum(x: &Tensor, y: &Tensor, per_image: &Tensor) -> Result<Tensor> {
     if x.dims() != y.dims() {
         bail!("gate_sum takes two tensors of one shape, got {:?} and {:?}", x.dims(), y.dims());
     }
-    if x.device().is_cpu() {
+    if on_cpu(x.device()) {
         x.contiguous()?.apply_op3(&y.contiguous()?, &per_image.contiguous()?, GateSum(sizes))
     } else {
         composed_gate(&(x + y)?, per_image)

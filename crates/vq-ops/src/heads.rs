@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use crate::dispatch::on_cpu;
 use crate::storage::f32_elements;
 
 /// `x` `[B, T, heads · D]` → `[B, heads, T, D]`, contiguous, in one pass each way. Differentiable.
@@ -11,7 +12,7 @@ pub fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
     if heads == 0 || !channels.is_multiple_of(heads) {
         bail!("{channels} channels do not divide into {heads} heads");
     }
-    if x.device().is_cpu() {
+    if on_cpu(x.device()) {
         x.contiguous()?.apply_op1(Split { heads })
     } else {
         x.reshape((batch, length, heads, channels / heads))?.transpose(1, 2)?.contiguous()
@@ -21,7 +22,7 @@ pub fn split_heads(x: &Tensor, heads: usize) -> Result<Tensor> {
 /// `x` `[B, heads, T, D]` → `[B, T, heads · D]`, contiguous, in one pass each way. Differentiable.
 pub fn merge_heads(x: &Tensor) -> Result<Tensor> {
     let (batch, heads, length, size) = x.dims4()?;
-    if x.device().is_cpu() {
+    if on_cpu(x.device()) {
         x.contiguous()?.apply_op1(Merge)
     } else {
         x.transpose(1, 2)?.contiguous()?.reshape((batch, length, heads * size))

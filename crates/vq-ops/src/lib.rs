@@ -4,7 +4,9 @@
 //! PyTorch's layouts, so that parameters can be exchanged with it.
 //!
 //! Each operation exists twice: composed of candle's own operations (any device; the oracle of the
-//! tests, in [`composed`]) and, on the CPU, as a kernel of our own.
+//! tests, in [`composed`]) and, on the CPU, as a kernel of our own. On CUDA (feature `cuda`) convolutions are
+//! cuDNN's, and the search for codes, the optimizer's step and what surrounds convolutions are kernels of
+//! our own.
 
 // The kernels' innermost functions only become vector code when they are inlined into a function
 // with the instruction set enabled.
@@ -15,20 +17,28 @@
 pub mod composed;
 mod conv;
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod device;
+mod device_stack;
+mod dispatch;
 mod dropout;
 mod fused;
 mod gate;
 mod heads;
+mod image_batch;
 mod linear;
 mod math;
 mod matmul;
 mod nearest;
+mod nearest_by_scores;
 mod norm;
 mod optimizer;
 mod packed_linear;
 mod pixels;
 mod pointwise;
 mod precision;
+mod primitives;
 #[cfg(feature = "process")]
 pub mod process;
 mod shift;
@@ -38,14 +48,18 @@ mod storage;
 mod swiglu;
 
 pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
+pub use device::{open_cuda, set_strict_f32};
 pub use dropout::dropout;
 pub use gate::{gate, gate_sum};
 pub use heads::{merge_heads, split_heads};
+pub use image_batch::{MIRRORED, gather_images};
 pub use linear::linear;
 pub use matmul::matmul_transposed;
 pub use nearest::{code_statistics, nearest_codes};
 pub use norm::rms_norm;
-pub use optimizer::{AdamWStep, adamw_step, sum_of_squares};
+pub use optimizer::{
+    AdamWSlot, AdamWStep, adamw_step, adamw_steps, norm_and_scale, sum_of_squares,
+};
 pub use packed_linear::PackedLinear;
 pub use pixels::{LOG_SCALES, Logistic, PixelDistribution, pixel_likelihood};
 pub use pointwise::{channels_first, channels_last, replace_value, squared_error};

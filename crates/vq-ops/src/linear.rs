@@ -6,6 +6,7 @@ use rayon::prelude::*;
 
 use crate::composed::relu;
 use crate::cpu::weight_gradient::column_sums;
+use crate::dispatch::on_cpu;
 use crate::storage::{f32_elements, f32_slice};
 
 /// `x Wᵀ + b` along the last axis, through `ReLU` first where `relu_input`. `x` `[…, I]`, `weight`
@@ -18,7 +19,7 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: &Tensor, relu_input: bool) -> R
     if x.dim(D::Minus1)? != inputs || bias.dims() != [outputs] {
         bail!("linear: {:?}, {:?} and {:?} do not fit", x.dims(), weight.dims(), bias.dims());
     }
-    if x.device().is_cpu() {
+    if on_cpu(x.device()) {
         let op = Linear { relu: relu_input };
         x.contiguous()?.apply_op3(&weight.contiguous()?, &bias.contiguous()?, op)
     } else {

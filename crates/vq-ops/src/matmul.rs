@@ -3,11 +3,13 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
 
+use crate::dispatch::on_cpu;
+
 /// a bᵀ of every pair of matrices: `a` `[B, n, T, D]`, `b` `[B, n, S, D]` → `[B, n, T, S]`. Differentiable.
 ///
 /// candle's gradient of a transposed operand is itself transposed, and adding it up is slow.
 pub fn matmul_transposed(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    if a.device().is_cpu() {
+    if on_cpu(a.device()) {
         a.contiguous()?.apply_op2(&b.contiguous()?, MatmulTransposed)
     } else {
         a.matmul(&b.t()?)

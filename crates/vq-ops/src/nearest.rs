@@ -4,6 +4,10 @@ use candle_core::{DType, Device, Result, Tensor, bail};
 
 use crate::composed;
 use crate::cpu::nearest::{self as kernel, NotFinite};
+use crate::dispatch::on_cpu;
+#[cfg(feature = "cuda")]
+use crate::dispatch::on_cuda;
+use crate::nearest_by_scores::nearest_by_scores;
 use crate::storage::f32_slice;
 
 /// The code nearest to each vector: `z` `[N, D]` and `codebook` `[K, D]`, f32 → `[N]` u32.
@@ -11,7 +15,8 @@ use crate::storage::f32_slice;
 /// `argmin_k ‖z − e_k‖²` (van den Oord et al. 2017, eq. 1–2). The answer is that of exact
 /// distances; among ties the lowest index wins. It depends neither on the other rows nor on the
 /// number of threads, and the search never holds an `N × K` matrix. Not differentiable. A value
-/// that is not finite is an error.
+/// that is not finite is an error; on CUDA, where an error would have to be waited for, the code of such a
+/// vector is `u32::MAX`.
 pub fn nearest_codes(z: &Tensor, codebook: &Tensor) -> Result<Tensor> {
     let (count, dim) = z.dims2()?;
     let (codebook_size, codebook_dim) = codebook.dims2()?;
@@ -21,14 +26,13 @@ pub fn nearest_codes(z: &Tensor, codebook: &Tensor) -> Result<Tensor> {
     if z.dtype() != DType::F32 || codebook.dtype() != DType::F32 {
         bail!("nearest_codes needs f32, got {:?} and {:?}", z.dtype(), codebook.dtype());
     }
-    if !z.device().is_cpu() {
-        for (name, tensor) in [("a vector", z), ("the codebook", codebook)] {
-            let sum: f32 = (tensor.detach() * 0f64)?.sum_all()?.to_scalar()?;
-            if sum != 0. {
-                bail!("{name} holds a value that is not finite");
-            }
-        }
-        return composed::nearest_codes(&z.detach(), &codebook.detach());
+    #[cfg(feature = "cuda")]
+    if on_cuda(z.device()) {
+        let (z, codebook) = (z.contiguous()?, codebook.contiguous()?);
+        return z.apply_op2_no_bwd(&codebook, &crate::cuda::codebook::Nearest);
+    }
+    if !on_cpu(z.device()) {
+        return nearest_by_scores(&z.detach(), &codebook.detach());
     }
     let (z, codebook) = (z.contiguous()?, codebook.contiguous()?);
     let codes = f32_slice(&z, |z| f32_slice(&codebook, |e| kernel::nearest(z, e, dim)))??;
@@ -43,7 +47,7 @@ pub fn nearest_codes(z: &Tensor, codebook: &Tensor) -> Result<Tensor> {
 
 /// How often each code was chosen and the sum of the vectors that chose it: `z` `[N, D]`, `codes`
 /// `[N]` → (counts `[K]`, sums `[K, D]`), f32. The order of summation is fixed. A code that is not
-/// below `codebook_size` is an error.
+/// below `codebook_size` is an error on the CPU, and counts for nothing elsewhere.
 pub fn code_statistics(
     z: &Tensor,
     codes: &Tensor,
@@ -53,7 +57,17 @@ pub fn code_statistics(
     if codes.dims1()? != count {
         bail!("{count} vectors, but {} codes", codes.elem_count());
     }
-    if !z.device().is_cpu() {
+    #[cfg(feature = "cuda")]
+    if on_cuda(z.device()) {
+        let statistics = crate::cuda::codebook::Statistics { codebook_size };
+        let both = z.contiguous()?.apply_op2_no_bwd(&codes.contiguous()?, &statistics)?;
+        let (all, sums) = (codebook_size * (dim + 1), codebook_size * dim);
+        return Ok((
+            both.narrow(0, sums, all - sums)?,
+            both.narrow(0, 0, sums)?.reshape((codebook_size, dim))?,
+        ));
+    }
+    if !on_cpu(z.device()) {
         return composed::code_statistics(&z.detach(), codes, codebook_size);
     }
     let z = z.contiguous()?;

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp3, D, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use crate::dispatch::on_cpu;
 use crate::math::{dot, vectorized};
 use crate::storage::{f32_elements, f32_slice};
 
@@ -13,7 +14,7 @@ use crate::storage::{f32_elements, f32_slice};
 /// all three.
 pub fn rms_norm(x: &Tensor, gain: &Tensor, shift: &Tensor, epsilon: f64) -> Result<Tensor> {
     let sizes = Sizes::new(x.dims(), gain.dims(), shift.dims())?;
-    if x.device().is_cpu() {
+    if on_cpu(x.device()) {
         let op = RmsNorm { sizes, epsilon: epsilon as f32 };
         x.contiguous()?.apply_op3(&gain.contiguous()?, &shift.contiguous()?, op)
     } else {

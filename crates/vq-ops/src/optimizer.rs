@@ -3,6 +3,9 @@
 use candle_core::{DType, Result, Tensor, bail};
 
 use crate::cpu::adamw as kernel;
+use crate::dispatch::on_cpu;
+#[cfg(feature = "cuda")]
+use crate::dispatch::on_cuda;
 use crate::storage::{f32_slice, with_f32_mut};
 
 /// The numbers of one AdamW step (Loshchilov & Hutter 2019, algorithm 2, with PyTorch's
@@ -27,14 +30,31 @@ pub struct AdamWStep {
     pub ema_decay: Option<f64>,
 }
 
-/// One AdamW step in place. All tensors are f32, contiguous and of one shape; `param`, the moments
-/// and `ema` are changed, `grad` is not:
-///
-/// ```text
-/// g ← grad·grad_scale            m ← β₁m + (1 − β₁)g            v ← β₂v + (1 − β₂)g²
-/// p ← p·(1 − lr·decay) − lr · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
-/// ema ← d·ema + (1 − d)·p
-/// ```
+/// What one tensor brings to a step: all f32, contiguous and of one shape.
+#[derive(Clone, Copy, Debug)]
+pub struct AdamWSlot<'a> {
+    /// Changed by the step, as are the moments and `ema`.
+    pub param: &'a Tensor,
+    /// The gradient.
+    pub grad: &'a Tensor,
+    /// m
+    pub first_moment: &'a Tensor,
+    /// v
+    pub second_moment: &'a Tensor,
+    /// The moving average of the parameter, where one is kept.
+    pub ema: Option<&'a Tensor>,
+    /// Whether [`AdamWStep::weight_decay`] is for it.
+    pub decays: bool,
+}
+
+impl AdamWSlot<'_> {
+    /// The share of the parameter that a step leaves.
+    pub(crate) fn keep(&self, step: &AdamWStep) -> f64 {
+        if self.decays { 1. - step.lr * step.weight_decay } else { 1. }
+    }
+}
+
+/// [`adamw_steps`] for one tensor, which decays.
 pub fn adamw_step(
     param: &Tensor,
     grad: &Tensor,
@@ -43,39 +63,81 @@ pub fn adamw_step(
     ema: Option<&Tensor>,
     step: &AdamWStep,
 ) -> Result<()> {
-    for tensor in [Some(grad), Some(first_moment), Some(second_moment), ema].into_iter().flatten() {
-        if tensor.shape() != param.shape() || tensor.dtype() != DType::F32 {
-            bail!(
-                "adamw_step needs f32 tensors of one shape, got {:?} {:?} beside {:?}",
-                tensor.dtype(),
-                tensor.shape(),
-                param.shape()
-            );
+    let slot = AdamWSlot { param, grad, first_moment, second_moment, ema, decays: true };
+    adamw_steps(&[slot], step, None)
+}
+
+/// One AdamW step in place on every slot; on CUDA in few launches:
+///
+/// ```text
+/// g ← grad·grad_scale            m ← β₁m + (1 − β₁)g            v ← β₂v + (1 − β₂)g²
+/// p ← p·(1 − lr·decay) − lr · (m / (1 − β₁ᵗ)) / (√(v / (1 − β₂ᵗ)) + ε)
+/// ema ← d·ema + (1 − d)·p
+/// ```
+///
+/// `scale`, one f32 on the same device, multiplies the gradients as well: the factor of
+/// [`norm_and_scale`]. On CUDA nothing changes where it is not finite.
+pub fn adamw_steps(
+    slots: &[AdamWSlot<'_>],
+    step: &AdamWStep,
+    scale: Option<&Tensor>,
+) -> Result<()> {
+    let mut grads = Vec::with_capacity(slots.len());
+    for slot in slots {
+        let AdamWSlot { param, grad, first_moment, second_moment, ema, .. } = *slot;
+        let others = [Some(grad), Some(first_moment), Some(second_moment), ema];
+        for tensor in others.into_iter().flatten() {
+            if tensor.shape() != param.shape() || tensor.dtype() != DType::F32 {
+                bail!(
+                    "AdamW needs f32 tensors of one shape, got {:?} {:?} beside {:?}",
+                    tensor.dtype(),
+                    tensor.shape(),
+                    param.shape()
+                );
+            }
         }
+        grads.push(grad.detach().contiguous()?);
     }
-    let grad = grad.detach().contiguous()?;
-    if !param.device().is_cpu() {
-        return composed(param, &grad, first_moment, second_moment, ema, step);
+    let slots: Vec<AdamWSlot<'_>> =
+        slots.iter().zip(&grads).map(|(slot, grad)| AdamWSlot { grad, ..*slot }).collect();
+    let Some(first) = slots.first() else { return Ok(()) };
+    #[cfg(feature = "cuda")]
+    if on_cuda(first.param.device()) {
+        return crate::cuda::training::adamw(&slots, step, scale);
     }
+    if !on_cpu(first.param.device()) {
+        return slots.iter().try_for_each(|slot| composed(slot, step, scale));
+    }
+    let factor = match scale {
+        Some(scale) => f64::from(scale.flatten_all()?.get(0)?.to_scalar::<f32>()?),
+        None => 1.,
+    };
+    let step = AdamWStep { grad_scale: step.grad_scale * factor, ..*step };
+    slots.iter().try_for_each(|slot| on_the_cpu(slot, &step))
+}
+
+fn on_the_cpu(slot: &AdamWSlot<'_>, step: &AdamWStep) -> Result<()> {
+    let AdamWSlot { param, grad, first_moment, second_moment, ema, .. } = *slot;
+    let keep = slot.keep(step);
     let mut addresses: Vec<usize> = Vec::new();
-    for tensor in [Some(param), Some(&grad), Some(first_moment), Some(second_moment), ema] {
+    for tensor in [Some(param), Some(grad), Some(first_moment), Some(second_moment), ema] {
         let Some(tensor) = tensor else { continue };
         let address = f32_slice(tensor, |values| values.as_ptr().addr())?;
         if param.elem_count() > 0 && addresses.contains(&address) {
-            bail!("adamw_step was given one tensor in two places");
+            bail!("AdamW was given one tensor in two places");
         }
         addresses.push(address);
     }
-    f32_slice(&grad, |grad| {
+    f32_slice(grad, |grad| {
         with_f32_mut(param, |param| {
             with_f32_mut(first_moment, |first| {
                 with_f32_mut(second_moment, |second| {
                     if let Some(ema) = ema {
                         with_f32_mut(ema, |ema| {
-                            kernel::adamw(param, grad, first, second, Some(ema), step);
+                            kernel::adamw(param, grad, first, second, Some(ema), step, keep);
                         })
                     } else {
-                        kernel::adamw(param, grad, first, second, None, step);
+                        kernel::adamw(param, grad, first, second, None, step, keep);
                         Ok(())
                     }
                 })
@@ -84,32 +146,54 @@ pub fn adamw_step(
     })????
 }
 
+/// The norm of all tensors together, and the factor that brings it down to `limit` (1 where it is no more
+/// than that, or the limit is 0): `[2]` f32, without waiting for the device. `None` of no tensors.
+pub fn norm_and_scale(tensors: &[Tensor], limit: f64) -> Result<Option<Tensor>> {
+    let tensors: Vec<Tensor> =
+        tensors.iter().map(|tensor| tensor.detach().contiguous()).collect::<Result<_>>()?;
+    if tensors.is_empty() {
+        return Ok(None);
+    }
+    #[cfg(feature = "cuda")]
+    if let Some(first) = tensors.first().filter(|first| on_cuda(first.device())) {
+        let op = crate::cuda::training::NormAndScale { tensors: &tensors, limit };
+        return first.flatten_all()?.apply_op1_no_bwd(&op).map(Some);
+    }
+    let squares: Vec<Tensor> =
+        tensors.iter().map(|tensor| tensor.sqr()?.sum_all()).collect::<Result<_>>()?;
+    let norm = Tensor::stack(&squares, 0)?.sum_all()?.sqrt()?;
+    let scale = match limit {
+        0. => norm.ones_like()?,
+        limit => (norm.maximum(limit)?.recip()? * limit)?,
+    };
+    Tensor::stack(&[norm, scale], 0).map(Some)
+}
+
 /// Sum of the squares of all elements, in f64 and in a fixed order.
 pub fn sum_of_squares(tensor: &Tensor) -> Result<f64> {
     let tensor = tensor.detach().contiguous()?;
-    if tensor.device().is_cpu() {
+    if on_cpu(tensor.device()) {
         return f32_slice(&tensor, kernel::sum_of_squares);
     }
-    tensor.sqr()?.sum_all()?.to_dtype(DType::F64)?.to_scalar()
+    // Metal has no f64.
+    Ok(f64::from(tensor.sqr()?.sum_all()?.to_scalar::<f32>()?))
 }
 
 /// The step in candle's own operations.
-fn composed(
-    param: &Tensor,
-    grad: &Tensor,
-    first_moment: &Tensor,
-    second_moment: &Tensor,
-    ema: Option<&Tensor>,
-    step: &AdamWStep,
-) -> Result<()> {
-    let grad = (grad * step.grad_scale)?;
+fn composed(slot: &AdamWSlot<'_>, step: &AdamWStep, scale: Option<&Tensor>) -> Result<()> {
+    let AdamWSlot { param, grad, first_moment, second_moment, ema, .. } = *slot;
+    let keep = slot.keep(step);
+    let mut grad = (grad * step.grad_scale)?;
+    if let Some(scale) = scale {
+        grad = grad.broadcast_mul(&scale.flatten_all()?.get(0)?)?;
+    }
     let first = ((first_moment * step.beta1)? + (&grad * (1. - step.beta1))?)?;
     let second = ((second_moment * step.beta2)? + (grad.sqr()? * (1. - step.beta2))?)?;
     let correction1 = 1. - step.beta1.powf(step.step as f64);
     let correction2 = 1. - step.beta2.powf(step.step as f64);
     let denominator = second.sqrt()?.affine(1. / correction2.sqrt(), step.eps)?;
     let update = (first.div(&denominator)? * (step.lr / correction1))?;
-    let updated = ((param.detach() * (1. - step.lr * step.weight_decay))? - update)?;
+    let updated = ((param.detach() * keep)? - update)?;
     if let (Some(ema), Some(decay)) = (ema, step.ema_decay) {
         let average = ((ema * decay)? + (&updated * (1. - decay))?)?;
         ema.slice_set(&average.reshape(ema.shape())?, 0, 0)?;
@@ -117,4 +201,66 @@ fn composed(
     first_moment.slice_set(&first, 0, 0)?;
     second_moment.slice_set(&second, 0, 0)?;
     param.slice_set(&updated, 0, 0)
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    fn noise(n: usize, seed: f32) -> Tensor {
+        let values = (0..n).map(|i| (i as f32 * 12.9898 + seed).sin()).collect();
+        Tensor::from_vec(values, n, &Device::Cpu).unwrap()
+    }
+
+    #[test]
+    fn norm_and_scale_say_what_clipping_needs() {
+        let tensors = [noise(7, 1.), noise(300, 2.)];
+        let norm = tensors.iter().map(|t| sum_of_squares(t).unwrap()).sum::<f64>().sqrt();
+        for (limit, scale) in [(0., 1.), (1e9, 1.), (0.5, 0.5 / norm)] {
+            let found = norm_and_scale(&tensors, limit).unwrap().unwrap().to_vec1::<f32>().unwrap();
+            assert!((f64::from(found[0]) / norm - 1.).abs() < 1e-6);
+            assert!((f64::from(found[1]) / scale - 1.).abs() < 1e-6);
+        }
+        assert!(norm_and_scale(&[], 1.).unwrap().is_none());
+    }
+
+    #[test]
+    fn the_composed_step_agrees_with_the_kernel() {
+        let step = AdamWStep {
+            lr: 0.1,
+            beta1: 0.9,
+            beta2: 0.99,
+            eps: 1e-8,
+            weight_decay: 0.01,
+            step: 3,
+            grad_scale: 0.5,
+            ema_decay: Some(0.9),
+        };
+        let run = |is_composed: bool| {
+            let tensors: Vec<Tensor> = (0..5).map(|seed| noise(40, seed as f32)).collect();
+            let [param, grad, first, second, ema] = &tensors[..] else { unreachable!() };
+            let slot = AdamWSlot {
+                param,
+                grad,
+                first_moment: first,
+                second_moment: &second.abs().unwrap(),
+                ema: Some(ema),
+                decays: true,
+            };
+            let scale = Tensor::new(&[0.25f32], &Device::Cpu).unwrap();
+            let work = || adamw_steps(&[slot], &step, Some(&scale)).unwrap();
+            if is_composed {
+                crate::composed::only(work);
+            } else {
+                work();
+            }
+            [param, first, slot.second_moment, ema].map(|t| t.to_vec1::<f32>().unwrap())
+        };
+        for (ours, theirs) in run(false).iter().flatten().zip(run(true).iter().flatten()) {
+            // Some roundings of numbers of about 1.
+            assert!((ours - theirs).abs() < 1e-6, "{ours} {theirs}");
+        }
+    }
 }

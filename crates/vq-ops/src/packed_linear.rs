@@ -6,6 +6,7 @@ use candle_core::{Result, Tensor, bail};
 use rayon::prelude::*;
 
 use crate::composed::relu;
+use crate::dispatch::on_cpu;
 use crate::math::vectorized;
 use crate::storage::f32_slice;
 
@@ -41,7 +42,7 @@ impl PackedLinear {
         if bias.dims() != [outputs] || outputs == 0 || inputs == 0 {
             bail!("the weight is {:?} and the bias {:?}", weight.dims(), bias.dims());
         }
-        let layout = if weight.device().is_cpu() {
+        let layout = if on_cpu(weight.device()) {
             let values = weight.flatten_all()?.to_vec1::<f32>()?;
             let panels = outputs.div_ceil(PANEL);
             let mut packed = vec![0f32; panels * inputs * PANEL];

@@ -4,10 +4,12 @@
 use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use crate::dispatch::on_cpu;
+
 /// The value of `b` with the gradient of `a`: ∂/∂a = the gradient of the result, ∂/∂b = 0. Equal shapes.
 pub fn replace_value(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let b = b.detach();
-    if a.device().is_cpu() {
+    if on_cpu(a.device()) {
         a.apply_op2(&b.contiguous()?, ReplaceValue)
     } else {
         // a + (b − a) would round; (a − a) + b does not.
@@ -17,7 +19,7 @@ pub fn replace_value(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 
 /// The mean of (a − b)² over all elements of two tensors of the same shape; a scalar.
 pub fn squared_error(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    if a.device().is_cpu() {
+    if on_cpu(a.device()) {
         a.contiguous()?.apply_op2(&b.contiguous()?, SquaredError)
     } else {
         // First over each row: that loses less to rounding.
@@ -27,7 +29,7 @@ pub fn squared_error(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 
 /// `[B,H,W,C]` to `[B,C,H,W]`, contiguous, in one pass each way.
 pub fn channels_first(x: &Tensor) -> Result<Tensor> {
-    if x.device().is_cpu() {
+    if on_cpu(x.device()) {
         x.contiguous()?.apply_op1(ChannelsFirst { back: false })
     } else {
         x.permute((0, 3, 1, 2))?.contiguous()
@@ -36,7 +38,7 @@ pub fn channels_first(x: &Tensor) -> Result<Tensor> {
 
 /// `[B,C,H,W]` to `[B,H,W,C]`, contiguous, in one pass each way.
 pub fn channels_last(x: &Tensor) -> Result<Tensor> {
-    if x.device().is_cpu() {
+    if on_cpu(x.device()) {
         x.contiguous()?.apply_op1(ChannelsFirst { back: true })
     } else {
         x.permute((0, 2, 3, 1))?.contiguous()

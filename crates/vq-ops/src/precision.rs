@@ -10,13 +10,15 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Precision {
-    /// Both factors in f32.
+    /// Both factors in f32; on CUDA in TF32 (f32 with 10 bits of mantissa, as PyTorch's convolutions), unless
+    /// [`set_strict_f32`](crate::set_strict_f32) says otherwise.
     #[default]
     F32,
     /// Both factors rounded to bfloat16 (8 bits of mantissa, ties to even), products exact, sums in
     /// f32, forward and backward. On x86-64 by AMX or AVX512-BF16 where the CPU has them; emulated
     /// elsewhere, with the same results but for rounding, and slower than f32. Numbers below f32's
-    /// normal range (10⁻³⁸) may count as zero.
+    /// normal range (10⁻³⁸) may count as zero. On CUDA by its tensor cores, and there what lies between the
+    /// layers of a [`Stack`](crate::Stack) is bfloat16 too, with its gradients.
     Bf16,
 }
 

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rayon::prelude::*;
 
+use crate::dispatch::on_cpu;
 use crate::storage::f32_elements;
 
 /// `x` `[B, H, W, C]` → `[B, H', W', C]`, `size` = `[H', W']`, whose pixel (i, j) is that of `x` at
@@ -15,7 +16,7 @@ pub fn shift(x: &Tensor, size: [usize; 2], offset: [isize; 2]) -> Result<Tensor>
     if [h, w] == size && offset == [0, 0] {
         return Ok(x.clone());
     }
-    if x.device().is_cpu() {
+    if on_cpu(x.device()) {
         x.contiguous()?.apply_op1(Shift { size, offset })
     } else {
         let x = along(x, 1, size[0], offset[0])?;

@@ -5,6 +5,7 @@ use candle_core::{
 };
 use rayon::prelude::*;
 
+use crate::dispatch::on_cpu;
 use crate::math::{dot, exp, max_of, sum_of, vectorized};
 use crate::storage::{f32_elements, f32_slice};
 
@@ -20,7 +21,7 @@ pub fn attention_weights(scores: &Tensor, scale: f64, causal: bool) -> Result<Te
     if keys < queries && causal {
         bail!("causal attention needs a key per query, got {queries} queries and {keys} keys");
     }
-    if scores.device().is_cpu() {
+    if on_cpu(scores.device()) {
         let op = AttentionWeights { queries, keys, scale: scale as f32, causal };
         scores.contiguous()?.apply_op1(op)
     } else {
@@ -29,7 +30,7 @@ pub fn attention_weights(scores: &Tensor, scale: f64, causal: bool) -> Result<Te
 }
 
 /// −ln softmax(`logits`)\[target\] of every row. `logits` `[N, K]`, `targets` `[N]` u32 below K → `[N]`, in
-/// nats. Differentiable in `logits`. A target of K or more is an error.
+/// nats. Differentiable in `logits`. A target of K or more is an error on the CPU.
 pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
     let (rows, _) = logits.dims2()?;
     if targets.dims() != [rows] || targets.dtype() != DType::U32 {
@@ -40,7 +41,7 @@ pub fn cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
             targets.dims()
         );
     }
-    if logits.device().is_cpu() {
+    if on_cpu(logits.device()) {
         logits.contiguous()?.apply_op2(&targets.contiguous()?, CrossEntropy)
     } else {
         composed_cross_entropy(logits, targets)
@@ -63,6 +64,14 @@ fn composed_attention_weights(scores: &Tensor, scale: f64, causal: bool) -> Resu
 }
 
 fn composed_cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
+    let classes = logits.dim(1)?;
+    // Another device would have to be waited for.
+    if targets.device().is_cpu()
+        && let Some(target) =
+            targets.to_vec1::<u32>()?.into_iter().find(|&target| target as usize >= classes)
+    {
+        bail!("target {target} is out of range: there are {classes} classes");
+    }
     let shifted = logits.broadcast_sub(&logits.max_keepdim(1)?.detach())?;
     let total = shifted.exp()?.sum(1)?.log()?;
     total - shifted.gather(&targets.unsqueeze(1)?.contiguous()?, 1)?.squeeze(1)?

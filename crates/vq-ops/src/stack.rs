@@ -3,8 +3,9 @@
 use candle_core::{DType, Result, Tensor, bail};
 
 use crate::cpu::buffers::Buffers;
-use crate::fused::FusedStack;
-use crate::{Conv2d, ConvTranspose2d, Precision};
+use crate::dispatch::{on_cpu, on_primitives};
+use crate::fused::{FusedStack, plan};
+use crate::{Conv2d, ConvTranspose2d, Precision, device_stack};
 
 /// One layer of a [`Stack`].
 #[derive(Clone, Debug, PartialEq)]
@@ -128,7 +129,7 @@ impl Layer {
     }
 }
 
-/// A chain of layers, run as one operation on the CPU: ReLU, bias and residual additions are fused
+/// A chain of layers, run as one operation on the CPU and on CUDA: ReLU, bias and residual additions are fused
 /// into the convolutions, and what the backward pass needs stays in buffers that are used again.
 #[derive(Clone, Debug)]
 pub struct Stack {
@@ -187,12 +188,17 @@ impl Stack {
     /// `x` `[B, H, W, Cin]` → `[B, H', W', Cout]`. `params` holds every layer's
     /// [`Layer::parameters`], in order. Differentiable in `x` and in `params`.
     pub fn forward(&self, x: &Tensor, params: &[Tensor]) -> Result<Tensor> {
-        if !x.device().is_cpu() || x.dtype() != DType::F32 {
+        let has_kernels = on_cpu(x.device()) || on_primitives(x.device());
+        if !has_kernels || x.dtype() != DType::F32 {
             return self.forward_layerwise(x, params);
         }
         self.check_parameters(params)?;
         let flat = params.iter().map(Tensor::flatten_all).collect::<Result<Vec<_>>>()?;
         let theta = Tensor::cat(&flat, 0)?;
+        if on_primitives(x.device()) {
+            let (steps, _) = plan(&self.layers, self.precision, x.dims())?;
+            return device_stack::run(steps, self.precision, x, &theta);
+        }
         let keep = x.track_op() || theta.track_op();
         let op = FusedStack::new(&self.layers, self.precision, x.dims(), &self.buffers, keep)?;
         x.contiguous()?.apply_op2(&theta, op)

@@ -3,6 +3,7 @@
 use candle_core::{CpuStorage, CustomOp1, D, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+use crate::dispatch::on_cpu;
 use crate::math::{exp, sigmoid, vectorized};
 use crate::storage::{f32_elements, f32_slice};
 
@@ -13,7 +14,7 @@ pub fn swiglu(x: &Tensor) -> Result<Tensor> {
     if channels == 0 || !channels.is_multiple_of(2) {
         bail!("swiglu halves the channels, got {:?}", x.dims());
     }
-    if x.device().is_cpu() { x.contiguous()?.apply_op1(SwiGlu) } else { composed_swiglu(x) }
+    if on_cpu(x.device()) { x.contiguous()?.apply_op1(SwiGlu) } else { composed_swiglu(x) }
 }
 
 fn composed_swiglu(x: &Tensor) -> Result<Tensor> {

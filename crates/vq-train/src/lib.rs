@@ -32,6 +32,7 @@ pub mod doctor;
 mod error;
 mod evaluate;
 mod event;
+mod figures;
 mod file;
 mod hash;
 mod jsonl;
@@ -56,7 +57,7 @@ mod trainer;
 pub use bits::{BitsPerDim, bits_per_dim};
 pub use checkpoint::{BEST, CHECKPOINTS, Checkpoints, LAST, load_model, load_prior, resolve_model};
 pub use compare::{
-    Comparison, Figures, PlannedRun, Row, RunState, Spread, Summary, Variant, Variants,
+    Comparison, PlannedRun, Row, RunFigures, RunState, Spread, Summary, Variant, Variants,
 };
 pub use error::{Error, Result};
 pub use evaluate::{EvaluateOptions, evaluate};
@@ -64,6 +65,7 @@ pub use event::{
     Best, CheckpointSaved, EpochFinished, EpochRecord, Event, Observer, RunEnded, RunStarted,
     StepFinished, Warning, WarningKind,
 };
+pub use figures::Figures;
 pub use hash::model_hash;
 pub use jsonl::{MetricsFile, read_metrics, record};
 pub use memory::{MemoryEstimate, available_memory};

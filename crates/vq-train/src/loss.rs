@@ -4,7 +4,7 @@ use candle_core::{Device, Tensor};
 use vq_model::{Normalization, Output};
 use vq_ops::squared_error;
 
-use crate::{Metrics, Result, TrainConfig};
+use crate::{Figures, Result, TrainConfig};
 
 /// L = reconstruction + codebook + β·commitment (van den Oord et al. 2017, eq. 3), and the quantizers'
 /// entropy losses, which bring their own weights, where there are any.
@@ -53,7 +53,7 @@ impl Loss {
     }
 
     /// The loss (a scalar) and its terms for images `[B,C,H,W]` in the model's range.
-    pub(crate) fn of(&self, output: &Output, images: &Tensor) -> Result<(Tensor, Metrics)> {
+    pub(crate) fn of(&self, output: &Output, images: &Tensor) -> Result<(Tensor, Figures)> {
         let reconstruction = match &output.nats {
             Some(nats) => (nats.mean_all()? / images.dim(1)? as f64)?,
             None => self.reconstruction(&output.reconstruction, images)?,
@@ -63,16 +63,15 @@ impl Loss {
         if let Some(entropy) = &output.entropy_loss {
             loss = (loss + entropy)?;
         }
-        let value = |tensor: &Tensor| Ok::<_, crate::Error>(f64::from(tensor.to_scalar::<f32>()?));
-        let mut terms = Metrics::new()
-            .with("loss", value(&loss)?)
-            .with("reconstruction", value(&reconstruction)?)
-            .with("codebook", value(&output.codebook_loss)?)
-            .with("commitment", value(&output.commitment_loss)?);
+        let mut figures = Figures::new()
+            .with("loss", &loss)
+            .with("reconstruction", &reconstruction)
+            .with("codebook", &output.codebook_loss)
+            .with("commitment", &output.commitment_loss);
         if let Some(entropy) = &output.entropy_loss {
-            terms.set("entropy", value(entropy)?);
+            figures = figures.with("entropy", entropy);
         }
-        Ok((loss, terms))
+        Ok((loss, figures))
     }
 
     fn reconstruction(&self, reconstruction: &Tensor, images: &Tensor) -> Result<Tensor> {
@@ -97,6 +96,7 @@ mod tests {
     use vq_model::Codes;
 
     use super::*;
+    use crate::Metrics;
 
     fn output(reconstruction: &Tensor, codebook: f32, commitment: &Tensor) -> Output {
         let device = Device::Cpu;
@@ -110,6 +110,11 @@ mod tests {
             entropy_loss: None,
             z_e: Vec::new(),
         }
+    }
+
+    fn of(loss: &Loss, output: &Output, images: &Tensor) -> Result<(Tensor, Metrics)> {
+        let (loss, figures) = loss.of(output, images)?;
+        Ok((loss, figures.read()?.0))
     }
 
     /// Point 24: pixels and variance in the same units, whatever the model's range.
@@ -135,7 +140,7 @@ mod tests {
             let loss = Loss::new(&config, &normalization, variance, &Device::Cpu).unwrap();
             let zero = Tensor::new(0f32, &Device::Cpu).unwrap();
             let (_, terms) =
-                loss.of(&output(&tensor(&wrong), 0.0, &zero), &tensor(&pixels)).unwrap();
+                of(&loss, &output(&tensor(&wrong), 0.0, &zero), &tensor(&pixels)).unwrap();
             let found = terms.get("reconstruction").unwrap();
             assert!((found / expected - 1.0).abs() < 1e-5, "{found} {expected}");
         }
@@ -152,7 +157,7 @@ mod tests {
                 TrainConfig { beta, normalize_by_variance: false, ..TrainConfig::default() };
             let loss = Loss::new(&config, &normalization, 0.06, &Device::Cpu).unwrap();
             let output = output(&(&images + 0.5).unwrap(), 2.0, z.as_tensor());
-            let (loss, terms) = loss.of(&output, &images).unwrap();
+            let (loss, terms) = of(&loss, &output, &images).unwrap();
             let total = f64::from(loss.to_scalar::<f32>().unwrap());
             assert!((total - (0.25 + 2.0 + beta * 3.0)).abs() < 1e-6);
             assert_eq!(terms.get("commitment"), Some(3.0));
@@ -171,10 +176,10 @@ mod tests {
         let zero = Tensor::new(0f32, &Device::Cpu).unwrap();
         let entropy = Var::new(-3f32, &Device::Cpu).unwrap();
         let mut output = output(&images, 0.0, &zero);
-        let (_, terms) = loss.of(&output, &images).unwrap();
+        let (_, terms) = of(&loss, &output, &images).unwrap();
         assert_eq!(terms.get("entropy"), None);
         output.entropy_loss = Some(entropy.as_tensor().clone());
-        let (total, terms) = loss.of(&output, &images).unwrap();
+        let (total, terms) = of(&loss, &output, &images).unwrap();
         assert_eq!((terms.get("loss"), terms.get("entropy")), (Some(-3.0), Some(-3.0)));
         let gradients = total.backward().unwrap();
         let gradient = gradients.get(&entropy).unwrap().to_scalar::<f32>().unwrap();
@@ -195,6 +200,7 @@ mod tests {
             ..output(&(&images + 0.5).unwrap(), 1.0, &four)
         };
         let (total, terms) = loss.of(&output, &images).unwrap();
+        let terms = terms.read().unwrap().0;
         assert_eq!((terms.get("reconstruction"), terms.get("loss")), (Some(2.0), Some(5.0)));
         let gradients = total.backward().unwrap();
         let gradient = gradients.get(&nats).unwrap().flatten_all().unwrap();
@@ -207,7 +213,8 @@ mod tests {
         let config = TrainConfig { l1: 2.0, ..TrainConfig::default() };
         let loss = Loss::new(&config, &Normalization::default(), 0.04, &Device::Cpu).unwrap();
         let zero = Tensor::new(0f32, &Device::Cpu).unwrap();
-        let (_, terms) = loss.of(&output(&(&images - 0.1).unwrap(), 0.0, &zero), &images).unwrap();
+        let (_, terms) =
+            of(&loss, &output(&(&images - 0.1).unwrap(), 0.0, &zero), &images).unwrap();
         // (0.1 / 0.2)² + 2·(0.1 / 0.2)
         assert!((terms.get("reconstruction").unwrap() - 1.25).abs() < 1e-5);
     }

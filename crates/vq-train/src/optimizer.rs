@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
 use candle_core::{Tensor, Var};
-use vq_ops::{AdamWStep, adamw_step, sum_of_squares};
+use vq_ops::{AdamWSlot, AdamWStep, adamw_steps, sum_of_squares};
 
 use crate::{Result, TrainConfig};
 
@@ -33,35 +33,47 @@ impl Optimizer {
     }
 
     /// One step (numbered from 1) on every parameter that has a gradient; the others stay, decay
-    /// included. `scale` is the factor that clipping puts on the gradients.
+    /// included.
     pub(crate) fn step(
         &self,
         parameters: &Parameters,
         decays: impl Fn(&str, &Var) -> bool,
         gradients: &GradStore,
         config: &TrainConfig,
-        (step, lr, scale): (u64, f64, f64),
+        (step, lr): (u64, f64),
+        clip: Clip,
     ) -> Result<()> {
+        let mut slots = Vec::with_capacity(parameters.len());
         for (name, var) in parameters {
             let Some(gradient) = gradients.get(var) else { continue };
             let (Some(first), Some(second)) = (self.first.get(name), self.second.get(name)) else {
                 continue;
             };
             let average = self.averages.as_ref().and_then(|averages| averages.get(name));
-            let settings = AdamWStep {
-                lr,
-                beta1: config.beta1,
-                beta2: config.beta2,
-                eps: config.eps,
-                weight_decay: if decays(name, var) { config.weight_decay } else { 0.0 },
-                step,
-                grad_scale: scale,
-                ema_decay: average.map(|_| average_decay(config.weight_ema, step)),
-            };
-            let gradient = gradient.contiguous()?;
-            adamw_step(var.as_tensor(), &gradient, first, second, average, &settings)?;
+            slots.push(AdamWSlot {
+                param: var.as_tensor(),
+                grad: gradient,
+                first_moment: first,
+                second_moment: second,
+                ema: average,
+                decays: decays(name, var),
+            });
         }
-        Ok(())
+        let (grad_scale, scale) = match &clip {
+            Clip::Known(scale) => (*scale, None),
+            Clip::Waiting(scale) => (1.0, Some(scale)),
+        };
+        let settings = AdamWStep {
+            lr,
+            beta1: config.beta1,
+            beta2: config.beta2,
+            eps: config.eps,
+            weight_decay: config.weight_decay,
+            step,
+            grad_scale,
+            ema_decay: self.averages.as_ref().map(|_| average_decay(config.weight_ema, step)),
+        };
+        Ok(adamw_steps(&slots, &settings, scale)?)
     }
 
     /// Forgets the moments of rows that were set anew, and sets their average to the new value.
@@ -150,6 +162,28 @@ impl Optimizer {
     }
 }
 
+/// The factor that clipping puts on the gradients.
+pub(crate) enum Clip {
+    Known(f64),
+    /// One number, on the device.
+    Waiting(Tensor),
+}
+
+/// `[2]`, left on the device: the global norm of the gradients, and the factor that brings it down to
+/// `limit`. None on the CPU, where nothing has to wait.
+pub(crate) fn norm_and_scale(
+    parameters: &Parameters,
+    gradients: &GradStore,
+    limit: f64,
+) -> Result<Option<Tensor>> {
+    let gradients = parameters.values().filter_map(|var| gradients.get(var)).cloned();
+    let gradients: Vec<Tensor> = gradients.collect();
+    if gradients.first().is_none_or(|gradient| gradient.device().is_cpu()) {
+        return Ok(None);
+    }
+    Ok(vq_ops::norm_and_scale(&gradients, limit)?)
+}
+
 /// The global norm of the gradients, in f64 and in the order of the names.
 pub(crate) fn gradient_norm(parameters: &Parameters, gradients: &GradStore) -> Result<f64> {
     let mut sum = 0.0;
@@ -207,7 +241,9 @@ mod tests {
         let gradients =
             parameters["codebook"].sqr().unwrap().sum_all().unwrap().backward().unwrap();
         let settings = config(weight_ema);
-        optimizer.step(parameters, |_, _| false, &gradients, &settings, (step, 0.1, 1.0)).unwrap();
+        optimizer
+            .step(parameters, |_, _| false, &gradients, &settings, (step, 0.1), Clip::Known(1.0))
+            .unwrap();
     }
 
     fn rows(tensor: &Tensor) -> Vec<Vec<f32>> {

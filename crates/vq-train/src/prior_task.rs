@@ -12,7 +12,7 @@ use crate::prior_codes::PriorCodes;
 use crate::prior_evaluation::judge;
 use crate::recipe_toml::first_difference;
 use crate::{
-    CodesBatch, Error, Evaluation, Forward, Metrics, PriorRecipe, PriorTrainConfig, Result,
+    CodesBatch, Error, Evaluation, Figures, Forward, PriorRecipe, PriorTrainConfig, Result,
     Trainable, Update,
 };
 
@@ -163,11 +163,13 @@ impl Trainable for PriorTask {
     fn forward(&self, batch: &CodesBatch, step: u64) -> Result<Forward<()>> {
         let training = Training { seed: self.config.seed, step };
         let loss = self.prior.loss(&batch.codes, &batch.conditions(), training)?;
-        let nats = f64::from(loss.to_scalar::<f32>()?);
-        let terms =
-            Metrics::new().with("loss", nats).with("bits_per_code", nats / std::f64::consts::LN_2);
+        let figures = Figures::new().with("loss", &loss).with_divided(
+            "bits_per_code",
+            &loss,
+            std::f64::consts::LN_2,
+        );
         let examples = batch.codes.dim(0)?;
-        Ok(Forward { loss, terms, examples, usage: Vec::new(), residue: () })
+        Ok(Forward { loss, figures, examples, residue: () })
     }
 
     fn update(&mut self, (): (), _: u64) -> Result<Update> {

@@ -9,7 +9,7 @@ use candle_core::{Device, Tensor, Var};
 use vq_data::{Batch, Dataset, Loader, LoaderOptions, Splits};
 use vq_model::{CodebookUpdate, Codes, Config, QuantizerKind, TrainingStep, VqVae};
 
-use crate::evaluate::{count_codes, data_normalization, empty_usage};
+use crate::evaluate::{data_normalization, empty_usage};
 use crate::loss::Loss;
 use crate::metrics::level_name;
 use crate::recipe_toml::first_difference;
@@ -186,17 +186,18 @@ impl Trainable for Tokenizer {
         let images = batch.images.to_device(self.model.device())?;
         let step = TrainingStep { seed: self.config.seed, step, first_image: batch.first };
         let output = self.model.forward_training(&images, step)?;
-        let (loss, mut terms) = self.loss.of(&output, &images)?;
+        let (loss, mut figures) = self.loss.of(&output, &images)?;
         for (level, commitment) in output.commitment_losses.iter().enumerate() {
             if let Some(name) = self.distance_name(level) {
                 let dim = self.model.quantizer(level)?.dim() as f64;
-                terms.set(&name, (f64::from(commitment.to_scalar::<f32>()?) * dim).sqrt());
+                figures = figures.with(name, &(commitment * dim)?.sqrt()?);
             }
         }
-        let mut usage = empty_usage(&self.model);
-        count_codes(&mut usage, &output.codes.levels)?;
+        for (usage, codes) in empty_usage(&self.model).into_iter().zip(&output.codes.levels) {
+            figures = figures.with_codes(usage, codes);
+        }
         let residue = Residue { z_e: output.z_e, codes: output.codes };
-        Ok(Forward { loss, terms, examples: images.dim(0)?, usage, residue })
+        Ok(Forward { loss, figures, examples: images.dim(0)?, residue })
     }
 
     fn update(&mut self, residue: Residue, step: u64) -> Result<Update> {

@@ -6,7 +6,7 @@ use std::sync::atomic::AtomicBool;
 
 use candle_core::{Tensor, Var};
 
-use crate::{EpochRecord, Metrics, Result, Usage};
+use crate::{EpochRecord, Figures, Metrics, Result, Usage};
 
 /// A model with its data and its loss: a [`Tokenizer`](crate::Tokenizer), or a prior over its codes, a
 /// [`PriorTask`](crate::PriorTask).
@@ -111,12 +111,10 @@ pub struct Forward<R> {
     /// The scalar to descend on; a mean over the images, so that the parts of a batch, weighted by their
     /// images, give that of the batch.
     pub loss: Tensor,
-    /// The terms that the loss is made of, as they are reported.
-    pub terms: Metrics,
+    /// The terms that the loss is made of and the codes used by the batch, as they are reported.
+    pub figures: Figures,
     /// Images in the batch.
     pub examples: usize,
-    /// Codes used by the batch, one histogram per level.
-    pub usage: Vec<Usage>,
     /// For [`Trainable::update`].
     pub residue: R,
 }

@@ -2,6 +2,7 @@
 
 mod accumulate;
 mod codebooks;
+mod pending;
 mod persist;
 mod report;
 
@@ -11,10 +12,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use candle_core::Tensor;
+use candle_core::backprop::GradStore;
 
 use self::accumulate::Learned;
+use self::pending::{Norm, Pending, read_every};
 use self::report::{COLLAPSE_WINDOW, Clock, emit};
-use crate::optimizer::{Optimizer, clip_scale, gradient_norm};
+use crate::optimizer::{Clip, Optimizer, clip_scale, gradient_norm, norm_and_scale};
 use crate::schedule::learning_rate;
 use crate::state::Progress;
 use crate::{
@@ -41,6 +44,10 @@ pub struct Trainer<T: Trainable> {
     /// Noticed before there was anyone to tell.
     warnings: Vec<(WarningKind, String)>,
     clock: Clock,
+    /// Steps that are done and not reported yet.
+    pending: Vec<Pending>,
+    /// Steps that are reported together.
+    read_every: usize,
 }
 
 /// How a run ended.
@@ -56,7 +63,10 @@ impl<T: Trainable> Trainer<T> {
     /// To train `task` from its start, with checkpoints in the folder `run`.
     pub fn new(task: T, config: &TrainConfig, run: impl Into<PathBuf>) -> Result<Self> {
         let run = run.into();
+        let is_cpu = task.parameters().values().next().is_none_or(|var| var.device().is_cpu());
         Ok(Self {
+            pending: Vec::new(),
+            read_every: read_every(is_cpu, config.log_every),
             config: config.clone(),
             checkpoints: Checkpoints::new(&run),
             run,
@@ -78,6 +88,14 @@ impl<T: Trainable> Trainer<T> {
     #[must_use]
     pub fn with_observer(mut self, observer: impl Observer + 'static) -> Self {
         self.observers.push(Box::new(observer));
+        self
+    }
+
+    /// Reports so many steps together; without it each one on the CPU, and some on devices that work while
+    /// the trainer goes on. Changes nothing else.
+    #[must_use]
+    pub fn with_read_interval(mut self, steps: usize) -> Self {
+        self.read_every = steps.max(1);
         self
     }
 
@@ -134,16 +152,16 @@ impl<T: Trainable> Trainer<T> {
 
     fn step(&mut self, batch: T::Batch) -> Result<()> {
         let step = self.progress.step + 1;
-        let Learned { gradients, terms, examples, usage, residue } = self.learn(batch, step)?;
-        let norm = gradient_norm(self.task.parameters(), &gradients)?;
-        self.require(norm.is_finite(), step, || format!("the gradient's norm is {norm}"))?;
+        let Learned { gradients, parts, residue } = self.learn(batch, step)?;
+        let (norm, clip) = self.clip(&gradients, step)?;
         let lr = learning_rate(&self.config, self.progress.step, self.total_steps());
         self.optimizer.step(
             self.task.parameters(),
             |name, var| self.task.decays(name, var),
             &gradients,
             &self.config,
-            (step, lr, clip_scale(norm, self.config.grad_clip)),
+            (step, lr),
+            clip,
         )?;
         // The codebooks move last: the losses were those of the codes that the batch was given.
         let update = self.task.update(residue, step)?;
@@ -152,19 +170,34 @@ impl<T: Trainable> Trainer<T> {
         }
         self.progress.step = step;
         self.progress.batch += 1;
-        self.progress.running.add(examples, &terms, &usage);
-        self.progress.running.revived += update.revived as u64;
-        self.emit_step(&terms, &usage, lr, norm, update.revived, examples)?;
+        let (batch, revived) = (self.progress.batch, update.revived);
+        self.pending.push(Pending { step, batch, parts, lr, norm, revived });
+        if self.pending.len() >= self.read_every || batch == COLLAPSE_WINDOW {
+            self.report_steps()?;
+        }
         self.report_notices()?;
-        if self.progress.batch == COLLAPSE_WINDOW {
+        if batch == COLLAPSE_WINDOW {
             let seen = self.progress.running.usage.clone();
             self.report_collapse(&seen)?;
         }
         Ok(())
     }
 
+    /// The gradients' norm, and what clipping does to them.
+    fn clip(&self, gradients: &GradStore, step: u64) -> Result<(Norm, Clip)> {
+        let (parameters, limit) = (self.task.parameters(), self.config.grad_clip);
+        if let Some(both) = norm_and_scale(parameters, gradients, limit)? {
+            let scale = both.narrow(0, 1, 1)?;
+            return Ok((Norm::Waiting(both), Clip::Waiting(scale)));
+        }
+        let norm = gradient_norm(parameters, gradients)?;
+        self.require(norm.is_finite(), step, || format!("the gradient's norm is {norm}"))?;
+        Ok((Norm::Known(norm), Clip::Known(clip_scale(norm, limit))))
+    }
+
     /// Evaluation, bookkeeping and checkpoint; false if stopped.
     fn finish_epoch(&mut self) -> Result<bool> {
+        self.report_steps()?;
         let train_seconds = self.clock.epoch_seconds();
         let start = Instant::now();
         let epoch = self.progress.epoch + 1;

@@ -13,17 +13,18 @@ use crate::{CodebookRule, Error, Result};
 pub struct CodebookUpdate {
     /// A code whose moving average of uses N falls below this share of the mean, tokens per step / K,
     /// is moved onto a vector of the batch. Relative, so that it means the same for every batch size,
-    /// grid and K; 0 switches revival off. Must be below 1.
+    /// grid and K; 0 switches revival off. Must be below 1. Off the CPU it is looked at in every tenth step
+    /// only, for that has to wait for the device.
     pub revive_threshold: f64,
     /// Which vectors are drawn depends on this and on the step alone.
     pub seed: u64,
 }
 
 /// What an update did to one codebook.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct CodebookReport {
-    /// How often each of the K codes was chosen in this step.
-    pub counts: Vec<u64>,
+    /// How often each of the K codes was chosen in this step: `[K]` f32, on the model's device.
+    pub counts: Tensor,
     /// The codes that were moved onto vectors of the batch, in ascending order.
     pub revived: Vec<usize>,
     /// Which codebook it was, e.g. `levels.0.quantizer` or `levels.0.quantizer.stages.1`: what the names of
@@ -35,18 +36,23 @@ pub struct CodebookReport {
 }
 
 impl CodebookReport {
+    /// How often each of the K codes was chosen in this step. Waits for the device.
+    pub fn counts(&self) -> Result<Vec<u64>> {
+        Ok(self.counts.to_vec1::<f32>()?.into_iter().map(|count| count as u64).collect())
+    }
+
     /// Codes that were chosen at least once in this step.
-    pub fn codes_in_use(&self) -> usize {
-        self.counts.iter().filter(|&&count| count > 0).count()
+    pub fn codes_in_use(&self) -> Result<usize> {
+        Ok(self.counts()?.iter().filter(|&&count| count > 0).count())
     }
 
     /// exp of the entropy of this step's codes, in nats: 1 (one code) to K (all alike).
-    pub fn perplexity(&self) -> f64 {
-        let total = self.counts.iter().sum::<u64>() as f64;
+    pub fn perplexity(&self) -> Result<f64> {
+        let counts = self.counts()?;
+        let total = counts.iter().sum::<u64>() as f64;
         let share = |&count: &u64| count as f64 / total;
-        let entropy: f64 =
-            self.counts.iter().filter(|&&c| c > 0).map(share).map(|p| -p * p.ln()).sum();
-        entropy.exp()
+        let entropy: f64 = counts.iter().filter(|&&c| c > 0).map(share).map(|p| -p * p.ln()).sum();
+        Ok(entropy.exp())
     }
 }
 
@@ -75,10 +81,7 @@ pub(super) fn update(
     if let Some(averaged) = &quantizer.sums {
         average(averaged, &sums, decay)?;
         let usage = quantizer.usage.as_detached_tensor();
-        let total = usage.sum_all()?.to_scalar::<f32>()?;
-        let (total, epsilon) = (f64::from(total), quantizer.config.epsilon);
-        let smoothed =
-            usage.affine(1.0, epsilon)?.affine(total / (total + size as f64 * epsilon), 0.0)?;
+        let smoothed = smooth(&usage, quantizer.config.epsilon)?;
         let moved = averaged.as_detached_tensor().broadcast_div(&smoothed.unsqueeze(1)?)?;
         let moved = quantizer.scaled(&moved)?;
         let chosen = counts.gt(0.0)?.unsqueeze(1)?.broadcast_as(moved.shape())?.contiguous()?;
@@ -87,7 +90,7 @@ pub(super) fn update(
             .set(&chosen.where_cond(&moved, &quantizer.codebook.as_detached_tensor())?)?;
     }
     let revived = match options.revive_threshold {
-        threshold if threshold > 0.0 => {
+        threshold if threshold > 0.0 && looks_for_dead_codes(&z, step) => {
             let mut stream =
                 Stream::new(options.seed, &format!("{}.revival", quantizer.name), step);
             revive(quantizer, &z, threshold, &mut stream)?
@@ -98,8 +101,26 @@ pub(super) fn update(
         CodebookRule::Gradient => Some(format!("{}.codebook", quantizer.name)),
         CodebookRule::Ema => None,
     };
-    let counts = counts.to_vec1::<f32>()?.into_iter().map(|count| count as u64).collect();
     Ok(CodebookReport { counts, revived, codebook: quantizer.name.clone(), parameter })
+}
+
+/// Whether codes can be revived after this step: every one on the CPU, every tenth on other devices, where
+/// looking means to wait for them.
+fn looks_for_dead_codes(z: &Tensor, step: u64) -> bool {
+    z.device().is_cpu() || step.is_multiple_of(10)
+}
+
+/// (N + ε)/(ΣN + Kε)·ΣN of N `[K]`.
+fn smooth(usage: &Tensor, epsilon: f64) -> Result<Tensor> {
+    let size = usage.elem_count() as f64;
+    let total = usage.sum_all()?;
+    let sums = usage.affine(1.0, epsilon)?;
+    if total.device().is_cpu() {
+        let total = f64::from(total.to_scalar::<f32>()?);
+        return Ok(sums.affine(total / (total + size * epsilon), 0.0)?);
+    }
+    // No number leaves the device.
+    Ok(sums.broadcast_mul(&(&total / (&total + size * epsilon)?)?)?)
 }
 
 /// v ← γv + (1 − γ)x

@@ -7,7 +7,7 @@ use crate::AdamWStep;
 /// Elements that a task works on.
 const CHUNK: usize = 1 << 14;
 
-/// See [`crate::adamw_step`]. All slices have the same length.
+/// See [`crate::adamw_steps`]; `keep` is the share of the parameters that decay leaves. All slices have the same length.
 pub(crate) fn adamw(
     param: &mut [f32],
     grad: &[f32],
@@ -15,8 +15,9 @@ pub(crate) fn adamw(
     second_moment: &mut [f32],
     ema: Option<&mut [f32]>,
     step: &AdamWStep,
+    keep: f64,
 ) {
-    let update = Update::new(step);
+    let update = Update::new(step, keep);
     let chunks = param
         .par_chunks_mut(CHUNK)
         .zip(grad.par_chunks(CHUNK))
@@ -48,7 +49,7 @@ struct Update {
 }
 
 impl Update {
-    fn new(step: &AdamWStep) -> Self {
+    fn new(step: &AdamWStep, keep: f64) -> Self {
         let correction1 = 1. - step.beta1.powf(step.step as f64);
         let correction2 = 1. - step.beta2.powf(step.step as f64);
         Self {
@@ -58,7 +59,7 @@ impl Update {
             rate: (step.lr / correction1) as f32,
             root: (1. / correction2.sqrt()) as f32,
             eps: step.eps as f32,
-            keep: (1. - step.lr * step.weight_decay) as f32,
+            keep: keep as f32,
         }
     }
 

@@ -41,7 +41,8 @@ impl Geometry {
         self.small.channels * self.large.channels * self.kernel.0 * self.kernel.1
     }
 
-    pub(super) fn weight_shape(&self) -> (usize, usize, usize) {
+    /// (outer, inner, taps).
+    pub(crate) fn weight_shape(&self) -> (usize, usize, usize) {
         (self.small.channels, self.large.channels, self.kernel.0 * self.kernel.1)
     }
 

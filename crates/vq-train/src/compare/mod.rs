@@ -10,7 +10,7 @@ mod variants;
 
 use std::path::Path;
 
-pub use run::{Figures, PlannedRun, RunState};
+pub use run::{PlannedRun, RunFigures, RunState};
 pub use statistics::Spread;
 pub use summary::{Row, Summary};
 pub use variants::{Variant, Variants};

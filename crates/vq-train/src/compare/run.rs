@@ -33,14 +33,14 @@ pub enum RunState {
     /// It was started and can go on.
     Begun,
     /// All its epochs are done.
-    Done(Figures),
+    Done(RunFigures),
     /// It failed; trying again would give the same. Its error, in one line.
     Failed(String),
 }
 
 /// What a run came to, from the evaluation of the whole test split after its last epoch.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Figures {
+pub struct RunFigures {
     /// Mean squared error over all pixels in [0, 1].
     pub mse: f64,
     /// In dB, averaged over the images.
@@ -73,11 +73,11 @@ impl PlannedRun {
         // The trainer finds an earlier checkpoint where this one is damaged.
         let Ok(progress) = read_progress(&checkpoint) else { return Ok(RunState::Begun) };
         let levels = self.recipe.model.levels.len();
-        let figures = progress.history.last().and_then(|record| Figures::of(record, levels));
+        let figures = progress.history.last().and_then(|record| RunFigures::of(record, levels));
         match figures {
             Some(figures) if progress.epoch >= self.recipe.train.epochs => {
                 let images_per_second = speed(&folder);
-                Ok(RunState::Done(Figures { images_per_second, ..figures }))
+                Ok(RunState::Done(RunFigures { images_per_second, ..figures }))
             }
             _ => Ok(RunState::Begun),
         }
@@ -96,7 +96,7 @@ impl PlannedRun {
     }
 }
 
-impl Figures {
+impl RunFigures {
     /// Of an epoch's evaluation of a model of so many levels, without the speed; none if there is no
     /// evaluation.
     fn of(record: &EpochRecord, levels: usize) -> Option<Self> {

@@ -2,7 +2,7 @@
 
 use std::cmp::Ordering;
 
-use super::{Comparison, Figures, RunState, Spread};
+use super::{Comparison, RunFigures, RunState, Spread};
 use crate::Metrics;
 
 /// What a comparison has come to so far: its variants, the best first.
@@ -35,15 +35,15 @@ pub struct Row {
     pub codebooks: Vec<(usize, usize)>,
     /// Over the seeds that are done: `mse`, `psnr`, `ssim`, none if there are none.
     pub mse: Option<Spread>,
-    /// As [`Figures::psnr`].
+    /// As [`RunFigures::psnr`].
     pub psnr: Option<Spread>,
-    /// As [`Figures::ssim`].
+    /// As [`RunFigures::ssim`].
     pub ssim: Option<Spread>,
-    /// As [`Figures::perplexity`], by level.
+    /// As [`RunFigures::perplexity`], by level.
     pub perplexity: Vec<Spread>,
-    /// As [`Figures::codes_in_use`], by level.
+    /// As [`RunFigures::codes_in_use`], by level.
     pub codes_in_use: Vec<Spread>,
-    /// As [`Figures::images_per_second`].
+    /// As [`RunFigures::images_per_second`].
     pub images_per_second: Option<Spread>,
     /// Seeds that are done.
     pub done: usize,
@@ -60,7 +60,7 @@ impl Summary {
         let mut rows: Vec<Row> = Vec::new();
         for (index, variant) in comparison.variants.iter().enumerate() {
             let own = || runs().filter(|(run, _)| run.variant == index);
-            let figures: Vec<&Figures> = own()
+            let figures: Vec<&RunFigures> = own()
                 .filter_map(|(_, state)| match state {
                     RunState::Done(figures) => Some(figures),
                     _ => None,
@@ -70,11 +70,11 @@ impl Summary {
                 RunState::Failed(error) => Some((run.seed, error.clone())),
                 _ => None,
             });
-            let spread = |of: &dyn Fn(&Figures) -> Option<f64>| {
+            let spread = |of: &dyn Fn(&RunFigures) -> Option<f64>| {
                 Spread::of(&figures.iter().filter_map(|figures| of(figures)).collect::<Vec<f64>>())
             };
             let levels = &variant.recipe.model.levels;
-            let by_level = |of: &dyn Fn(&Figures) -> &[f64]| {
+            let by_level = |of: &dyn Fn(&RunFigures) -> &[f64]| {
                 let level = |level: usize| spread(&|figures| of(figures).get(level).copied());
                 (0..levels.len()).filter_map(level).collect::<Vec<Spread>>()
             };

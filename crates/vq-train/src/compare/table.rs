@@ -160,7 +160,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::{Comparison, Figures, Recipe, RunState, Variants};
+    use crate::{Comparison, Recipe, RunFigures, RunState, Variants};
 
     const VARIANTS: &str = "
         baseline = 'vector'
@@ -178,7 +178,7 @@ mod tests {
         quantizer.kind = 'sim'";
 
     fn done(psnr: f64, codes: f64) -> RunState {
-        RunState::Done(Figures {
+        RunState::Done(RunFigures {
             mse: 0.004,
             psnr,
             ssim: 0.8,

@@ -3,15 +3,13 @@
 use candle_core::backprop::GradStore;
 
 use super::Trainer;
-use crate::state::Running;
-use crate::{Forward, Metrics, Result, Trainable, Usage};
+use super::pending::{PartOfStep, Seen};
+use crate::{Forward, Result, Trainable};
 
 /// What a batch gives, before the optimizer's step.
 pub(super) struct Learned<R> {
     pub(super) gradients: GradStore,
-    pub(super) terms: Metrics,
-    pub(super) examples: usize,
-    pub(super) usage: Vec<Usage>,
+    pub(super) parts: Vec<PartOfStep>,
     pub(super) residue: R,
 }
 
@@ -23,40 +21,47 @@ impl<T: Trainable> Trainer<T> {
             count => self.task.split(batch, count)?,
         };
         if let [whole] = &parts[..] {
-            return self.learn_part(whole, step);
+            let (gradients, part, residue) = self.learn_part(whole, step)?;
+            return Ok(Learned { gradients, parts: vec![part], residue });
         }
         let mut sums: Option<GradStore> = None;
-        let mut seen = Running::default();
+        let mut seen = Vec::with_capacity(parts.len());
         let mut residues = Vec::with_capacity(parts.len());
         for part in parts {
             // Its graph goes at the end of each turn.
-            let learned = self.learn_part(&part, step)?;
-            sums = Some(self.add(sums, &learned.gradients, learned.examples)?);
-            seen.add(learned.examples, &learned.terms, &learned.usage);
-            residues.push(learned.residue);
+            let (gradients, part, residue) = self.learn_part(&part, step)?;
+            sums = Some(self.add(sums, &gradients, part.examples)?);
+            seen.push(part);
+            residues.push(residue);
         }
         let missing = || candle_core::Error::Msg("a batch of no parts".to_owned());
         let mut gradients = sums.ok_or_else(missing)?;
-        let share = 1.0 / seen.examples.max(1) as f64;
+        let examples: usize = seen.iter().map(|part| part.examples).sum();
+        let share = 1.0 / examples.max(1) as f64;
         for var in self.task.parameters().values() {
             if let Some(sum) = gradients.remove(var) {
                 gradients.insert(var, (sum * share)?);
             }
         }
-        Ok(Learned {
-            gradients,
-            terms: seen.means(),
-            examples: seen.examples as usize,
-            usage: seen.usage,
-            residue: self.task.join(residues)?.ok_or_else(missing)?,
-        })
+        let residue = self.task.join(residues)?.ok_or_else(missing)?;
+        Ok(Learned { gradients, parts: seen, residue })
     }
 
-    fn learn_part(&self, part: &T::Batch, step: u64) -> Result<Learned<T::Residue>> {
+    fn learn_part(
+        &self,
+        part: &T::Batch,
+        step: u64,
+    ) -> Result<(GradStore, PartOfStep, T::Residue)> {
         let forward = self.task.forward(part, step).map_err(|error| self.explain(step, error))?;
-        let Forward { loss, terms, examples, usage, residue } = forward;
-        self.require_finite_loss(step, &terms)?;
-        Ok(Learned { gradients: loss.backward()?, terms, examples, usage, residue })
+        let Forward { loss, figures, examples, residue } = forward;
+        let seen = if self.read_every > 1 {
+            Seen::Waiting(figures)
+        } else {
+            let (terms, usage) = figures.read()?;
+            self.require_finite_loss(step, &terms)?;
+            Seen::Read(terms, usage)
+        };
+        Ok((loss.backward()?, PartOfStep { examples, seen }, residue))
     }
 
     /// Adds `weight` times the parameters' gradients of one part to those of the parts before it.

@@ -50,6 +50,7 @@ impl<T: Trainable> Trainer<T> {
 
     /// A checkpoint of where the run is, unless it was just saved.
     pub(super) fn save(&mut self, is_best: bool) -> Result<()> {
+        self.report_steps()?;
         let step = self.progress.step;
         let position = Some((step, self.progress.epoch));
         if self.saved_at == position {

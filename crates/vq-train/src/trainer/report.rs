@@ -3,9 +3,9 @@
 use std::time::Instant;
 
 use super::Trainer;
+use super::pending::{Pending, Report};
 use crate::{
-    Error, Event, Metrics, Observer, Result, RunEnded, StepFinished, Trainable, Usage, Warning,
-    WarningKind,
+    Error, Event, Observer, Result, RunEnded, StepFinished, Trainable, Usage, Warning, WarningKind,
 };
 
 /// Steps after which a collapse can be told from a slow start.
@@ -45,29 +45,26 @@ impl<T: Trainable> Trainer<T> {
 
     pub(super) fn emit_step(
         &mut self,
-        losses: &Metrics,
-        usage: &[Usage],
-        lr: f64,
-        grad_norm: f64,
-        revived: usize,
-        examples: usize,
+        step: &Pending,
+        report: &Report,
+        images_per_second: f64,
     ) -> Result<()> {
-        let perplexity: Vec<f64> = usage.iter().map(Usage::perplexity).collect();
-        let codes_in_use: Vec<usize> = usage.iter().map(Usage::codes_in_use).collect();
+        let perplexity: Vec<f64> = report.usage.iter().map(Usage::perplexity).collect();
+        let codes_in_use: Vec<usize> = report.usage.iter().map(Usage::codes_in_use).collect();
         let event = Event::StepFinished(StepFinished {
-            step: self.progress.step,
+            step: step.step,
             total_steps: self.total_steps(),
             epoch: self.progress.epoch + 1,
             epochs: self.config.epochs,
-            batch: self.progress.batch,
+            batch: step.batch,
             batches: self.progress.batches_per_epoch,
-            losses,
-            lr,
-            grad_norm,
+            losses: &report.terms,
+            lr: step.lr,
+            grad_norm: report.norm,
             perplexity: &perplexity,
             codes_in_use: &codes_in_use,
-            revived,
-            images_per_second: self.clock.images_per_second(examples),
+            revived: step.revived,
+            images_per_second,
         });
         emit(&mut self.observers, &event)
     }

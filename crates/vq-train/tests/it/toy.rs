@@ -7,7 +7,8 @@ use std::sync::atomic::AtomicBool;
 
 use candle_core::{Device, Var};
 use vq_train::{
-    Evaluation, Forward, Metrics, Result, TrainConfig, Trainable, Trainer, Update, read_progress,
+    Evaluation, Figures, Forward, Metrics, Result, TrainConfig, Trainable, Trainer, Update,
+    read_progress,
 };
 
 /// Minimises ‖w − 1‖²; the codebook's gradient is next to nothing, and `unused` has none.
@@ -71,9 +72,8 @@ impl Trainable for Toy {
         self.note("forward");
         let loss = (self.parameters["weight"].affine(1.0, -1.0)?.sqr()?.sum_all()? * self.scale)?;
         let loss = (loss + (self.parameters["codebook"].sum_all()? * 1e-30)?)?;
-        let value = f64::from(loss.to_scalar::<f32>()?);
-        let terms = Metrics::new().with("loss", value);
-        Ok(Forward { loss, terms, examples: 1, usage: Vec::new(), residue: self.weight() })
+        let figures = Figures::new().with("loss", &loss);
+        Ok(Forward { loss, figures, examples: 1, residue: self.weight() })
     }
 
     fn update(&mut self, before: f32, step: u64) -> Result<Update> {

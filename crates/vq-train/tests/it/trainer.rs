@@ -308,3 +308,24 @@ fn advice_on_the_codebooks_is_given_once() {
     resumed(&longer, run.path()).unwrap().with_observer(memory.clone()).run().unwrap();
     assert!(said(&memory).iter().all(|message| !message.contains("not chosen")));
 }
+
+/// What devices with a queue of their own do: nothing but the time of the reports changes.
+#[test]
+fn steps_that_are_read_together_are_the_same_steps() {
+    let folder = tempfile::tempdir().unwrap();
+    let recipe = recipe(&["train.epochs=2", "train.accumulate=2"]);
+    let steps = |interval: usize| {
+        let (memory, run) = (Memory::default(), folder.path().join(interval.to_string()));
+        let trainer = trainer(&recipe, &run).unwrap().with_observer(memory.clone());
+        trainer.with_read_interval(interval).run().unwrap();
+        let mut steps = memory.all("step");
+        for step in &mut steps {
+            step.as_object_mut().unwrap().remove("images_per_second").unwrap();
+        }
+        let progress = read_progress(&run.join("last")).unwrap();
+        (steps, progress.history, progress.running)
+    };
+    let (one_by_one, together) = (steps(1), steps(3));
+    assert_eq!(one_by_one.0.len(), 10);
+    assert_eq!(one_by_one, together);
+}

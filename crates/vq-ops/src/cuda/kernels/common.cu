@@ -1,0 +1,30 @@
+// What all kernels share. The files of this folder are compiled one after the other as one source, by nvrtc
+// at run time (so no header of the CUDA toolkit is needed), by nvcc in a check, and, with a few macros, by a
+// C++ compiler in a test that runs every thread on the CPU.
+
+typedef unsigned short bf16;          // bits
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(bf16 x) { return __uint_as_float((u32)x << 16); }
+
+template <typename T> __device__ inline T from_float(float x);
+template <> __device__ inline float from_float<float>(float x) { return x; }
+// Ties to even; a NaN stays one.
+template <> __device__ inline bf16 from_float<bf16>(float x) {
+    u32 bits = __float_as_uint(x);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return (bf16)((bits >> 16) | 0x40u);
+    return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+// Four elements that are read and written at once.
+template <typename T> struct alignas(4 * sizeof(T)) Four { T at[4]; };
+
+// NaN goes through, as PyTorch's does.
+__device__ inline float relu(float x) { return x <= 0.f ? 0.f : x; }
+
+__device__ inline bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800000u) != 0x7f800000u; }
+
+__device__ inline u64 thread_number() { return (u64)blockIdx.x * blockDim.x + threadIdx.x; }
+__device__ inline u64 thread_count() { return (u64)gridDim.x * blockDim.x; }

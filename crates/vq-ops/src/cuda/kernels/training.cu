@@ -1,0 +1,91 @@
+// The optimizer's step over many tensors at a time, the gradient's norm, batches of images, dropout.
+
+#define SLOTS 32
+
+struct AdamSlot { float *param; const float* grad; float *first, *second, *average; u64 n; float keep, unused; };
+struct AdamTable { AdamSlot at[SLOTS]; };
+struct AdamNumbers { float grad_scale, beta1, beta2, rate, root, eps, average_keep, unused; };
+
+// One AdamW step; blockIdx.y is the tensor. Where `scale` is given, the gradients are multiplied by what it
+// points to as well, and nothing changes if that is not finite.
+extern "C" __global__ void adamw(AdamTable table, AdamNumbers numbers, const float* scale) {
+    AdamSlot slot = table.at[blockIdx.y];
+    float factor = numbers.grad_scale;
+    if (scale) {
+        if (!is_finite(*scale)) return;
+        factor *= *scale;
+    }
+    for (u64 i = thread_number(); i < slot.n; i += thread_count()) {
+        float g = slot.grad[i] * factor;
+        float m = slot.first[i], v = slot.second[i];
+        m += (1.f - numbers.beta1) * (g - m);
+        v = numbers.beta2 * v + (1.f - numbers.beta2) * g * g;
+        float p = slot.param[i] * slot.keep - numbers.rate * m / (sqrtf(v) * numbers.root + numbers.eps);
+        slot.first[i] = m;
+        slot.second[i] = v;
+        slot.param[i] = p;
+        if (slot.average) slot.average[i] += numbers.average_keep * (p - slot.average[i]);
+    }
+}
+
+struct SumSlot { const float* from; u64 n; };
+struct SumTable { SumSlot at[SLOTS]; };
+
+// Sums of squares in f64, one per block: [tensors][gridDim.x]. 256 threads.
+extern "C" __global__ void squares(SumTable table, double* partial) {
+    __shared__ double sums[256];
+    SumSlot slot = table.at[blockIdx.y];
+    double sum = 0.;
+    for (u64 i = thread_number(); i < slot.n; i += thread_count()) {
+        sum += (double)slot.from[i] * (double)slot.from[i];
+    }
+    sums[threadIdx.x] = sum;
+    for (u32 width = 128; width > 0; width /= 2) {
+        __syncthreads();
+        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
+    }
+    if (threadIdx.x == 0) partial[(u64)blockIdx.y * gridDim.x + blockIdx.x] = sums[0];
+}
+
+// [the root of the sum of `n` numbers, the factor that brings it down to `limit`]; no limit where it is 0,
+// and no number where the sum is none. One block of 256 threads.
+extern "C" __global__ void norm_and_scale(const double* partial, float* to, u32 n, float limit) {
+    __shared__ double sums[256];
+    double sum = 0.;
+    for (u32 i = threadIdx.x; i < n; i += 256) sum += partial[i];
+    sums[threadIdx.x] = sum;
+    for (u32 width = 128; width > 0; width /= 2) {
+        __syncthreads();
+        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
+    }
+    if (threadIdx.x == 0) {
+        float norm = (float)sqrt(sums[0]);
+        to[0] = norm;
+        to[1] = !is_finite(norm) ? __uint_as_float(0x7fc00000u) : limit > 0.f && norm > limit ? limit / norm : 1.f;
+    }
+}
+
+// Images [count][channels][height][width] f32 from pixels [all][channels][height][width] u8 by the tables
+// [channels][256], of the given indices; mirrored left to right where the highest bit of an index is set.
+extern "C" __global__ void images(const unsigned char* pixels, const u32* indices, const float* tables,
+                                  float* to, u32 count, u32 channels, u32 height, u32 width) {
+    u64 size = (u64)channels * height * width;
+    for (u64 i = thread_number(); i < count * size; i += thread_count()) {
+        u32 index = indices[i / size], x = i % width, channel = i / ((u64)height * width) % channels;
+        u64 row = i % size / width;
+        if (index >> 31) x = width - 1 - x;
+        to[i] = tables[channel * 256 + pixels[(index & 0x7fffffffu) * size + row * width + x]];
+    }
+}
+
+// The same hash as the CPU's.
+extern "C" __global__ void dropout(const float* from, float* to, u64 n, u32 seed0, u32 seed1, u32 threshold,
+                                   float scale) {
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        u32 hash = (u32)i ^ seed0;
+        hash = (hash ^ (hash >> 16)) * 0x85ebca6bu;
+        hash = (hash ^ (hash >> 13) ^ seed1) * 0xc2b2ae35u;
+        hash ^= hash >> 16;
+        to[i] = hash < threshold ? 0.f : from[i] * scale;
+    }
+}

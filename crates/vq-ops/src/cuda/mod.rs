@@ -1,0 +1,170 @@
+//! The operations on CUDA: kernels of our own, compiled for the device at hand when they are first
+//! needed, and cuDNN's convolutions. All of it runs on the stream of the tensors' device, in order.
+
+pub(crate) mod codebook;
+pub(crate) mod convolution;
+pub(crate) mod layers;
+pub(crate) mod training;
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+
+use candle_core::cuda::cudarc::cudnn::CudnnDataType;
+use candle_core::cuda::cudarc::driver::{
+    CudaFunction, CudaView, DevicePtr, DeviceRepr, LaunchConfig,
+};
+use candle_core::cuda::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
+use candle_core::cuda::{CudaDType, DeviceId, WrapErr};
+use candle_core::{CudaDevice, CudaStorage, Layout, Result, Storage, Tensor, bail};
+
+const SOURCE: &str = concat!(
+    include_str!("kernels/common.cu"),
+    include_str!("kernels/layers.cu"),
+    include_str!("kernels/codebook.cu"),
+    include_str!("kernels/training.cu"),
+);
+const MODULE: &str = "vq-ops";
+/// Threads of a block, where the kernel does not say otherwise.
+const THREADS: u32 = 256;
+/// Blocks from which on each thread takes several elements.
+const MOST_BLOCKS: u32 = 8192;
+
+static STRICT_F32: AtomicBool = AtomicBool::new(false);
+
+/// Whether f32 products are taken in full, and not with factors rounded to TF32 (10 bits of mantissa).
+pub(crate) fn is_strict() -> bool {
+    STRICT_F32.load(Ordering::Relaxed)
+}
+
+pub(crate) fn set_strict(strict: bool) {
+    STRICT_F32.store(strict, Ordering::Relaxed);
+}
+
+/// Compiles the kernels and opens cuDNN, so that what is missing is missed now.
+pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
+    function(device, "pack_weight_f32")?;
+    convolution::prepare(device)
+}
+
+/// Types of a feature map's elements.
+pub(crate) trait Element: CudaDType + CudnnDataType + DeviceRepr + 'static {
+    /// As the kernels' names end.
+    const NAME: &'static str;
+    const ZERO: Self;
+    const ONE: Self;
+}
+
+impl Element for f32 {
+    const NAME: &'static str = "f32";
+    const ZERO: Self = 0.;
+    const ONE: Self = 1.;
+}
+
+impl Element for half::bf16 {
+    const NAME: &'static str = "bf16";
+    const ZERO: Self = Self::ZERO;
+    const ONE: Self = Self::ONE;
+}
+
+/// Runs `$body` with `$T` as the type of the elements of `$storage`.
+macro_rules! with_element {
+    ($storage:expr, $T:ident, $body:expr) => {
+        match $storage.slice {
+            candle_core::cuda::CudaStorageSlice::F32(_) => {
+                type $T = f32;
+                $body
+            }
+            candle_core::cuda::CudaStorageSlice::BF16(_) => {
+                type $T = half::bf16;
+                $body
+            }
+            _ => candle_core::bail!("needs elements of f32 or bf16"),
+        }
+    };
+}
+pub(crate) use with_element;
+
+/// Launches a kernel of `kernels/`; the arguments are references to views, slices and numbers.
+macro_rules! launch {
+    ($device:expr, $name:expr, $config:expr, $($argument:expr),+ $(,)?) => {{
+        let function = $crate::cuda::function($device, $name)?;
+        let stream = $device.cuda_stream();
+        let mut builder = stream.launch_builder(&function);
+        $(builder.arg($argument);)+
+        // SAFETY: the arguments are those of the kernel's declaration, in its order and its types; the
+        // kernels stay within the lengths that they are given, which are those of the tensors.
+        #[allow(unsafe_code)]
+        let launched = unsafe { builder.launch($config) };
+        candle_core::cuda::WrapErr::w(launched)?;
+    }};
+}
+pub(crate) use launch;
+
+/// The kernel of that name.
+pub(crate) fn function(device: &CudaDevice, name: &str) -> Result<CudaFunction> {
+    let function = device.get_or_load_custom_func(name, MODULE, &ptx(device)?)?;
+    Ok(function.into_cuda_function())
+}
+
+/// The kernels, compiled once per device.
+fn ptx(device: &CudaDevice) -> Result<Arc<str>> {
+    static COMPILED: RwLock<Option<HashMap<DeviceId, Arc<str>>>> = RwLock::new(None);
+    let known = COMPILED.read().unwrap_or_else(PoisonError::into_inner);
+    if let Some(ptx) = known.as_ref().and_then(|known| known.get(&device.id())) {
+        return Ok(ptx.clone());
+    }
+    drop(known);
+    let (major, minor) = device.cuda_stream().context().compute_capability().w()?;
+    let options = CompileOptions {
+        options: vec![format!("--gpu-architecture=compute_{major}{minor}")],
+        ..CompileOptions::default()
+    };
+    let ptx: Arc<str> = match compile_ptx_with_opts(SOURCE, options) {
+        Ok(ptx) => ptx.to_src().into(),
+        Err(error) => bail!("the CUDA kernels do not compile: {error:?}"),
+    };
+    let mut known = COMPILED.write().unwrap_or_else(PoisonError::into_inner);
+    known.get_or_insert_default().insert(device.id(), ptx.clone());
+    Ok(ptx)
+}
+
+/// One thread per element, up to a limit; the kernels go on from there in strides.
+pub(crate) fn per_element(count: usize) -> LaunchConfig {
+    let blocks = u32::try_from(count.div_ceil(THREADS as usize)).unwrap_or(MOST_BLOCKS);
+    grid(blocks.clamp(1, MOST_BLOCKS), 1)
+}
+
+/// Blocks of [`THREADS`] threads.
+pub(crate) fn grid(x: u32, y: u32) -> LaunchConfig {
+    LaunchConfig { grid_dim: (x, y, 1), block_dim: (THREADS, 1, 1), shared_mem_bytes: 0 }
+}
+
+/// The elements of a contiguous tensor.
+pub(crate) fn view<'a, T: CudaDType>(
+    storage: &'a CudaStorage,
+    layout: &Layout,
+) -> Result<CudaView<'a, T>> {
+    let elements = storage.as_cuda_slice::<T>()?;
+    let view = layout.contiguous_offsets().and_then(|(first, end)| elements.try_slice(first..end));
+    match view {
+        Some(view) => Ok(view),
+        None => bail!("needs a contiguous tensor"),
+    }
+}
+
+/// Where the elements of a contiguous tensor lie. Good as long as the tensor is.
+pub(crate) fn address<T: CudaDType>(tensor: &Tensor) -> Result<u64> {
+    let (storage, layout) = tensor.storage_and_layout();
+    let Storage::Cuda(storage) = &*storage else { bail!("needs a tensor on the CUDA device") };
+    let stream = storage.device.cuda_stream();
+    let view = view::<T>(storage, layout)?;
+    // Everything runs on one stream, so there is nothing to wait for.
+    let (address, _record) = view.device_ptr(&stream);
+    Ok(address)
+}
+
+/// [`address`], or the null pointer.
+pub(crate) fn address_or_null<T: CudaDType>(tensor: Option<&Tensor>) -> Result<u64> {
+    tensor.map_or(Ok(0), address::<T>)
+}

@@ -1,0 +1,224 @@
+//! The optimizer's step, the gradient's norm, batches of images and dropout.
+
+use candle_core::cuda::cudarc::driver::{DeviceRepr, PushKernelArg};
+use candle_core::{
+    CpuStorage, CudaDevice, CudaStorage, CustomOp1, CustomOp3, Device, Layout, Result, Shape,
+    Tensor, bail,
+};
+
+use super::{address, address_or_null, grid, launch, per_element, view};
+use crate::optimizer::{AdamWSlot, AdamWStep};
+
+/// Tensors of a launch, as in `training.cu`.
+const SLOTS: usize = 32;
+/// Blocks along a tensor, at most.
+const BLOCKS: usize = 256;
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct AdamSlot {
+    param: u64,
+    grad: u64,
+    first: u64,
+    second: u64,
+    average: u64,
+    count: u64,
+    keep: f32,
+    unused: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct AdamNumbers {
+    grad_scale: f32,
+    beta1: f32,
+    beta2: f32,
+    rate: f32,
+    root: f32,
+    eps: f32,
+    average_keep: f32,
+    unused: f32,
+}
+
+#[repr(C)]
+#[derive(Clone, Copy, Default)]
+struct SumSlot {
+    from: u64,
+    count: u64,
+}
+
+/// One launch's tensors.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Table<T>([T; SLOTS]);
+
+// SAFETY: plain numbers, laid out as `training.cu` declares them.
+#[allow(unsafe_code)]
+unsafe impl DeviceRepr for AdamNumbers {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl DeviceRepr for Table<AdamSlot> {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl DeviceRepr for Table<SumSlot> {}
+
+/// One AdamW step on all slots, in place. `scale` is one number on the device.
+pub(crate) fn adamw(
+    slots: &[AdamWSlot<'_>],
+    step: &AdamWStep,
+    scale: Option<&Tensor>,
+) -> Result<()> {
+    let Some(first) = slots.first() else { return Ok(()) };
+    let device = cuda_device(first.param)?;
+    let scale = address_or_null::<f32>(scale)?;
+    let correction1 = 1. - step.beta1.powf(step.step as f64);
+    let correction2 = 1. - step.beta2.powf(step.step as f64);
+    let numbers = AdamNumbers {
+        grad_scale: step.grad_scale as f32,
+        beta1: step.beta1 as f32,
+        beta2: step.beta2 as f32,
+        rate: (step.lr / correction1) as f32,
+        root: (1. / correction2.sqrt()) as f32,
+        eps: step.eps as f32,
+        average_keep: 1. - step.ema_decay.unwrap_or(1.) as f32,
+        unused: 0.,
+    };
+    for slots in slots.chunks(SLOTS) {
+        let mut table = Table([AdamSlot::default(); SLOTS]);
+        let mut longest = 0;
+        for (to, slot) in table.0.iter_mut().zip(slots) {
+            let average = slot.ema.filter(|_| step.ema_decay.is_some());
+            *to = AdamSlot {
+                param: address::<f32>(slot.param)?,
+                grad: address::<f32>(slot.grad)?,
+                first: address::<f32>(slot.first_moment)?,
+                second: address::<f32>(slot.second_moment)?,
+                average: address_or_null::<f32>(average)?,
+                count: slot.param.elem_count() as u64,
+                keep: slot.keep(step) as f32,
+                unused: 0.,
+            };
+            longest = longest.max(slot.param.elem_count());
+        }
+        let config = over(longest, slots.len());
+        launch!(&device, "adamw", config, &table, &numbers, &scale);
+    }
+    Ok(())
+}
+
+/// `[2]`: the norm of all tensors together, and the factor that brings it down to `limit`.
+pub(crate) struct NormAndScale<'a> {
+    pub(crate) tensors: &'a [Tensor],
+    pub(crate) limit: f64,
+}
+
+impl CustomOp1 for NormAndScale<'_> {
+    fn name(&self) -> &'static str {
+        "vq-norm-and-scale"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        bail!("this form of the norm is for CUDA")
+    }
+
+    fn cuda_fwd(&self, any: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
+        let device = &any.device;
+        let count = self.tensors.len() * BLOCKS;
+        // Blocks beyond a tensor's end write their zero, so that every element is written.
+        // SAFETY: the kernels write every element.
+        #[allow(unsafe_code)]
+        let (partial, to) = unsafe { (device.alloc::<f64>(count)?, device.alloc::<f32>(2)?) };
+        for (index, tensors) in self.tensors.chunks(SLOTS).enumerate() {
+            let mut table = Table([SumSlot::default(); SLOTS]);
+            for (to, tensor) in table.0.iter_mut().zip(tensors) {
+                *to = SumSlot { from: address::<f32>(tensor)?, count: tensor.elem_count() as u64 };
+            }
+            let first = index * SLOTS * BLOCKS;
+            let Some(partial) = partial.try_slice(first..first + tensors.len() * BLOCKS) else {
+                bail!("too few partial sums");
+            };
+            let config = grid(BLOCKS as u32, tensors.len() as u32);
+            launch!(device, "squares", config, &table, &partial);
+        }
+        let (count, limit) = (count as u32, self.limit as f32);
+        launch!(device, "norm_and_scale", grid(1, 1), &partial, &to, &count, &limit);
+        Ok((CudaStorage::wrap_cuda_slice(to, device.clone()), 2.into()))
+    }
+}
+
+/// See [`crate::gather_images`].
+pub(crate) struct Images;
+
+impl CustomOp3 for Images {
+    fn name(&self) -> &'static str {
+        "vq-images"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        bail!("this form is for CUDA")
+    }
+
+    fn cuda_fwd(
+        &self,
+        pixels: &CudaStorage,
+        pixels_layout: &Layout,
+        picks: &CudaStorage,
+        picks_layout: &Layout,
+        tables: &CudaStorage,
+        tables_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (_, channels, height, width) = pixels_layout.shape().dims4()?;
+        let count = picks_layout.shape().dims1()?;
+        let device = &pixels.device;
+        let pixels = view::<u8>(pixels, pixels_layout)?;
+        let picks = view::<u32>(picks, picks_layout)?;
+        let tables = view::<f32>(tables, tables_layout)?;
+        let elements = count * channels * height * width;
+        // SAFETY: the kernel writes every element.
+        #[allow(unsafe_code)]
+        let to = unsafe { device.alloc::<f32>(elements) }?;
+        let (b, c, h, w) = (count as u32, channels as u32, height as u32, width as u32);
+        let config = per_element(elements);
+        launch!(device, "images", config, &pixels, &picks, &tables, &to, &b, &c, &h, &w);
+        let shape = (count, channels, height, width).into();
+        Ok((CudaStorage::wrap_cuda_slice(to, device.clone()), shape))
+    }
+}
+
+/// [`crate::dropout`]'s mask on contiguous elements.
+pub(crate) fn dropout(
+    x: &CudaStorage,
+    layout: &Layout,
+    (threshold, scale, seed): (u32, f32, [u32; 2]),
+) -> Result<CudaStorage> {
+    let device = &x.device;
+    let from = view::<f32>(x, layout)?;
+    let count = layout.shape().elem_count();
+    // SAFETY: the kernel writes every element.
+    #[allow(unsafe_code)]
+    let to = unsafe { device.alloc::<f32>(count) }?;
+    let (length, [seed0, seed1]) = (count as u64, seed);
+    let config = per_element(count);
+    launch!(device, "dropout", config, &from, &to, &length, &seed0, &seed1, &threshold, &scale);
+    Ok(CudaStorage::wrap_cuda_slice(to, device.clone()))
+}
+
+/// Blocks for tensors of up to `longest` elements.
+fn over(longest: usize, tensors: usize) -> candle_core::cuda::cudarc::driver::LaunchConfig {
+    grid(longest.div_ceil(1024).clamp(1, BLOCKS) as u32, tensors as u32)
+}
+
+fn cuda_device(tensor: &Tensor) -> Result<CudaDevice> {
+    match tensor.device() {
+        Device::Cuda(device) => Ok(device.clone()),
+        _ => bail!("needs tensors on the CUDA device"),
+    }
+}

@@ -1,0 +1,355 @@
+//! The parts that a convolution's forward and backward pass are made of, as operations on tensors of f32 or
+//! bf16, without gradients of their own: what a [stack](crate::Stack) runs on CUDA.
+//!
+//! Their CPU form is the plain one, so that what is built of them is tested without a GPU.
+
+use candle_core::backend::BackendStorage;
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor};
+
+use crate::cpu::buffers::Buffers;
+use crate::cpu::conv::{Finish as CpuFinish, Geometry, large_to_small, small_to_large};
+use crate::cpu::elements::{Elements, Output};
+use crate::cpu::weight_gradient::{column_sums as cpu_column_sums, weight_gradient};
+use crate::storage::f32_elements;
+
+/// The three products of a convolution `large → small`. Weights are `[outer, KH, KW, inner]`, `outer` the
+/// channels of `small`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Product {
+    /// (large, weight) → small.
+    LargeToSmall,
+    /// (small, weight) → large.
+    SmallToLarge,
+    /// (large, small) → weight.
+    Weight,
+}
+
+/// What [`finish`] gives: one tensor, or both, plain first, along a new first axis.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Outputs {
+    pub(crate) plain: bool,
+    pub(crate) rectified: bool,
+}
+
+impl Outputs {
+    pub(crate) const PLAIN: Self = Self { plain: true, rectified: false };
+    pub(crate) const RECTIFIED: Self = Self { plain: false, rectified: true };
+
+    pub(crate) fn count(self) -> usize {
+        usize::from(self.plain) + usize::from(self.rectified)
+    }
+}
+
+/// `[outer, inner, KH, KW]` f32 to `[outer, KH, KW, inner]` of `dtype`.
+pub(crate) fn pack_weight(weight: &Tensor, dtype: DType) -> Result<Tensor> {
+    weight.apply_op1_no_bwd(&PackWeight(dtype))
+}
+
+/// `[outer, KH, KW, inner]` to `[outer, inner, KH, KW]` f32.
+pub(crate) fn unpack_weight(weight: &Tensor) -> Result<Tensor> {
+    weight.apply_op1_no_bwd(&UnpackWeight)
+}
+
+/// One of the products of a convolution.
+pub(crate) fn multiply(
+    geometry: &Geometry,
+    product: Product,
+    a: &Tensor,
+    b: &Tensor,
+) -> Result<Tensor> {
+    a.apply_op2_no_bwd(b, &Multiply { geometry: *geometry, product })
+}
+
+/// `y` `[…, C]` + `bias` `[C]` + `residual`, and its ReLU.
+pub(crate) fn finish(
+    y: &Tensor,
+    bias: Option<&Tensor>,
+    residual: Option<&Tensor>,
+    outputs: Outputs,
+) -> Result<Tensor> {
+    let (bias, residual) = (bias.cloned(), residual.cloned());
+    y.apply_op1_no_bwd(&Finish { bias, residual, outputs })
+}
+
+/// `grad` where `gate` is above 0 (or NaN), 0 elsewhere; plus `more`.
+pub(crate) fn mask(grad: &Tensor, gate: &Tensor, more: Option<&Tensor>) -> Result<Tensor> {
+    grad.apply_op2_no_bwd(gate, &Mask { more: more.cloned() })
+}
+
+/// `[…, C]` to its sums `[C]`, f32.
+pub(crate) fn column_sums(x: &Tensor) -> Result<Tensor> {
+    x.apply_op1_no_bwd(&ColumnSums)
+}
+
+struct PackWeight(DType);
+struct UnpackWeight;
+struct Multiply {
+    geometry: Geometry,
+    product: Product,
+}
+struct Finish {
+    bias: Option<Tensor>,
+    residual: Option<Tensor>,
+    outputs: Outputs,
+}
+struct Mask {
+    more: Option<Tensor>,
+}
+struct ColumnSums;
+
+impl CustomOp1 for PackWeight {
+    fn name(&self) -> &'static str {
+        "vq-pack-weight"
+    }
+
+    fn cpu_fwd(&self, weight: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (outer, inner, kh, kw) = layout.shape().dims4()?;
+        let packed = swap(f32_elements(weight, layout)?, inner, kh * kw);
+        let shape = Shape::from((outer, kh, kw, inner));
+        Ok((in_dtype(packed, self.0)?, shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        weight: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        use crate::cuda::layers::pack_weight;
+        let (outer, inner, kh, kw) = layout.shape().dims4()?;
+        let sizes = (outer, inner, kh * kw);
+        let packed = match self.0 {
+            DType::BF16 => pack_weight::<half::bf16>(weight, layout, sizes)?,
+            _ => pack_weight::<f32>(weight, layout, sizes)?,
+        };
+        Ok((packed, (outer, kh, kw, inner).into()))
+    }
+}
+
+impl CustomOp1 for UnpackWeight {
+    fn name(&self) -> &'static str {
+        "vq-unpack-weight"
+    }
+
+    fn cpu_fwd(&self, weight: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let (outer, kh, kw, inner) = layout.shape().dims4()?;
+        let unpacked = swap(&in_f32(weight, layout)?, kh * kw, inner);
+        Ok((CpuStorage::F32(unpacked), (outer, inner, kh, kw).into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        weight: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let (outer, kh, kw, inner) = layout.shape().dims4()?;
+        let unpacked = crate::cuda::layers::unpack_weight(weight, layout, (outer, inner, kh * kw))?;
+        Ok((unpacked, (outer, inner, kh, kw).into()))
+    }
+}
+
+impl Multiply {
+    fn output_shape(&self) -> Shape {
+        let Geometry { large, small, kernel: (kh, kw), .. } = self.geometry;
+        match self.product {
+            Product::LargeToSmall => (small.batch, small.height, small.width, small.channels),
+            Product::SmallToLarge => (large.batch, large.height, large.width, large.channels),
+            Product::Weight => (small.channels, kh, kw, large.channels),
+        }
+        .into()
+    }
+}
+
+impl CustomOp2 for Multiply {
+    fn name(&self) -> &'static str {
+        "vq-convolution-product"
+    }
+
+    fn cpu_fwd(
+        &self,
+        a: &CpuStorage,
+        a_layout: &Layout,
+        b: &CpuStorage,
+        b_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let dtype = a.dtype();
+        let (a, b) = (in_f32(a, a_layout)?, in_f32(b, b_layout)?);
+        // The factors are rounded already.
+        let geometry = Geometry { precision: crate::Precision::F32, ..self.geometry };
+        let (_, inner, taps) = geometry.weight_shape();
+        let (shape, buffers) = (self.output_shape(), Buffers::default());
+        let mut out = vec![0.; shape.elem_count()];
+        let a = Elements::F32(&a);
+        match self.product {
+            Product::LargeToSmall => {
+                let weight = swap(&b, taps, inner);
+                let (finish, to) = (CpuFinish::default(), Output::F32(&mut out));
+                large_to_small(&geometry, a, false, &weight, finish, &buffers, to);
+            }
+            Product::SmallToLarge => {
+                let weight = swap(&b, taps, inner);
+                let (finish, to) = (CpuFinish::default(), Output::F32(&mut out));
+                small_to_large(&geometry, a, false, &weight, finish, &buffers, to);
+            }
+            Product::Weight => {
+                let small = Elements::F32(&b);
+                weight_gradient(&geometry, (a, false), (small, false), &buffers, &mut out);
+                out = swap(&out, inner, taps);
+            }
+        }
+        Ok((in_dtype(out, dtype)?, shape))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        a: &candle_core::CudaStorage,
+        a_layout: &Layout,
+        b: &candle_core::CudaStorage,
+        b_layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let (a, b) = ((a, a_layout), (b, b_layout));
+        let out = crate::cuda::convolution::multiply(&self.geometry, self.product, a, b)?;
+        Ok((out, self.output_shape()))
+    }
+}
+
+impl Finish {
+    fn output_shape(&self, layout: &Layout) -> Shape {
+        let mut dims = layout.dims().to_vec();
+        if self.outputs.count() == 2 {
+            dims.insert(0, 2);
+        }
+        dims.into()
+    }
+}
+
+impl CustomOp1 for Finish {
+    fn name(&self) -> &'static str {
+        "vq-finish-layer"
+    }
+
+    fn cpu_fwd(&self, y: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let channels = layout.dims().last().copied().unwrap_or(1).max(1);
+        let dtype = y.dtype();
+        let mut plain = in_f32(y, layout)?;
+        if let Some(bias) = &self.bias {
+            let bias = bias.to_vec1::<f32>()?;
+            for row in plain.chunks_mut(channels) {
+                row.iter_mut().zip(&bias).for_each(|(y, bias)| *y += bias);
+            }
+        }
+        if let Some(residual) = &self.residual {
+            let residual = residual.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            plain.iter_mut().zip(&residual).for_each(|(y, residual)| *y += residual);
+        }
+        let rectified = plain.iter().map(|&y| if y <= 0. { 0. } else { y });
+        let out = match self.outputs {
+            Outputs { plain: true, rectified: true } => {
+                plain.iter().copied().chain(rectified).collect()
+            }
+            Outputs { rectified: true, .. } => rectified.collect(),
+            _ => plain,
+        };
+        Ok((in_dtype(out, dtype)?, self.output_shape(layout)))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        y: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let (bias, residual) = (self.bias.as_ref(), self.residual.as_ref());
+        let out = crate::cuda::layers::finish(y, layout, bias, residual, self.outputs)?;
+        Ok((out, self.output_shape(layout)))
+    }
+}
+
+impl CustomOp2 for Mask {
+    fn name(&self) -> &'static str {
+        "vq-mask-gradient"
+    }
+
+    fn cpu_fwd(
+        &self,
+        grad: &CpuStorage,
+        grad_layout: &Layout,
+        gate: &CpuStorage,
+        gate_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let dtype = grad.dtype();
+        let (mut grad, gate) = (in_f32(grad, grad_layout)?, in_f32(gate, gate_layout)?);
+        for (grad, gate) in grad.iter_mut().zip(&gate) {
+            if *gate <= 0. {
+                *grad = 0.;
+            }
+        }
+        if let Some(more) = &self.more {
+            let more = more.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            grad.iter_mut().zip(&more).for_each(|(grad, more)| *grad += more);
+        }
+        Ok((in_dtype(grad, dtype)?, grad_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        grad: &candle_core::CudaStorage,
+        grad_layout: &Layout,
+        gate: &candle_core::CudaStorage,
+        gate_layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let (grad, gate) = ((grad, grad_layout), (gate, gate_layout));
+        let out = crate::cuda::layers::mask(grad, gate, self.more.as_ref())?;
+        Ok((out, grad_layout.shape().clone()))
+    }
+}
+
+impl CustomOp1 for ColumnSums {
+    fn name(&self) -> &'static str {
+        "vq-column-sums"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        let columns = layout.dims().last().copied().unwrap_or(1);
+        let mut sums = vec![0.; columns];
+        cpu_column_sums(Elements::F32(&in_f32(x, layout)?), columns, &mut sums);
+        Ok((CpuStorage::F32(sums), columns.into()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let columns = layout.dims().last().copied().unwrap_or(1);
+        Ok((crate::cuda::layers::column_sums(x, layout)?, columns.into()))
+    }
+}
+
+/// `[…, a, b]` to `[…, b, a]`.
+fn swap(from: &[f32], a: usize, b: usize) -> Vec<f32> {
+    let mut to = Vec::with_capacity(from.len());
+    for matrix in from.chunks_exact((a * b).max(1)) {
+        for column in 0..b {
+            to.extend(matrix.iter().skip(column).step_by(b));
+        }
+    }
+    to
+}
+
+fn in_f32(storage: &CpuStorage, layout: &Layout) -> Result<Vec<f32>> {
+    match storage.to_dtype(layout, DType::F32)? {
+        CpuStorage::F32(values) => Ok(values),
+        _ => candle_core::bail!("not f32"),
+    }
+}
+
+fn in_dtype(values: Vec<f32>, dtype: DType) -> Result<CpuStorage> {
+    let layout = Layout::contiguous(values.len());
+    let values = CpuStorage::F32(values);
+    if dtype == DType::F32 { Ok(values) } else { values.to_dtype(&layout, dtype) }
+}

@@ -1,0 +1,88 @@
+//! What a step says about itself.
+
+use candle_core::Tensor;
+
+use crate::{Metrics, Result, Usage};
+
+/// The terms of a step's loss and the codes that it used, left on the device until they are read: reading
+/// waits for all that the device was given to do.
+#[derive(Clone, Debug, Default)]
+pub struct Figures {
+    terms: Vec<Term>,
+    codes: Vec<(Usage, Tensor)>,
+}
+
+#[derive(Clone, Debug)]
+struct Term {
+    name: String,
+    value: Tensor,
+    divisor: f64,
+}
+
+impl Figures {
+    /// Nothing yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// With one more term, a scalar f32.
+    #[must_use]
+    pub fn with(self, name: impl Into<String>, value: &Tensor) -> Self {
+        self.with_divided(name, value, 1.0)
+    }
+
+    /// With one more term, which is reported divided by `divisor`.
+    #[must_use]
+    pub fn with_divided(mut self, name: impl Into<String>, value: &Tensor, divisor: f64) -> Self {
+        self.terms.push(Term { name: name.into(), value: value.detach(), divisor });
+        self
+    }
+
+    /// With the codes (u32, any shape) of one more level, to be counted into `usage`.
+    #[must_use]
+    pub fn with_codes(mut self, usage: Usage, codes: &Tensor) -> Self {
+        self.codes.push((usage, codes.clone()));
+        self
+    }
+
+    /// The terms in their order, and one histogram per level.
+    pub fn read(&self) -> Result<(Metrics, Vec<Usage>)> {
+        let mut metrics = Metrics::new();
+        if !self.terms.is_empty() {
+            let flat = self.terms.iter().map(|term| term.value.flatten_all());
+            let flat = flat.collect::<candle_core::Result<Vec<_>>>()?;
+            // One copy from the device.
+            let values = Tensor::cat(&flat, 0)?.to_vec1::<f32>()?;
+            for (term, value) in self.terms.iter().zip(values) {
+                metrics.set(&term.name, f64::from(value) / term.divisor);
+            }
+        }
+        let count = |(usage, codes): &(Usage, Tensor)| {
+            let mut usage = usage.clone();
+            usage.count(&codes.flatten_all()?.to_vec1::<u32>()?);
+            Ok(usage)
+        };
+        Ok((metrics, self.codes.iter().map(count).collect::<Result<_>>()?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::Device;
+
+    use super::*;
+
+    #[test]
+    fn terms_keep_their_order_and_codes_are_counted() -> Result<()> {
+        let scalar = |value: f32| Tensor::new(value, &Device::Cpu).unwrap();
+        let codes = Tensor::new(&[[0u32, 2], [2, 2]], &Device::Cpu)?;
+        let figures = Figures::new()
+            .with("z", &scalar(0.5))
+            .with_divided("a", &scalar(3.0), 2.0)
+            .with_codes(Usage::new(3), &codes);
+        let (metrics, usage) = figures.read()?;
+        assert_eq!(metrics, Metrics::new().with("z", 0.5).with("a", 1.5));
+        assert_eq!(usage[0].counts, [1, 0, 3]);
+        Ok(())
+    }
+}

@@ -1,0 +1,166 @@
+//! `cargo xtask gpu-check`: does a device compute what the CPU computes, and how fast does it train?
+//!
+//! What does the work is compiled in with the feature `bench` (and `cuda` or `metal`): one binary that needs
+//! no other file, `target/release/xtask`, to be copied to the machine with the device. Without the feature,
+//! the task builds it and starts it.
+
+#[cfg(feature = "bench")]
+mod checks;
+#[cfg(feature = "bench")]
+mod operations;
+#[cfg(feature = "bench")]
+mod pytorch;
+#[cfg(feature = "bench")]
+mod report;
+#[cfg(feature = "bench")]
+mod speed;
+#[cfg(feature = "bench")]
+mod training;
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+/// What `cargo xtask gpu-check` takes.
+#[derive(Args, Clone, Debug)]
+pub struct Options {
+    /// cuda, cuda:N, metal or cpu; the CPU checks the program, not the device
+    #[arg(long, default_value = "cuda", value_name = "DEVICE")]
+    device: String,
+    /// Leave out the checks, the speed, or PyTorch
+    #[arg(long, value_delimiter = ',', value_name = "checks|speed|pytorch")]
+    skip: Vec<String>,
+    /// Models whose training is timed
+    #[arg(long, value_delimiter = ',', default_values_t = ["standard", "imagenet256"].map(String::from))]
+    models: Vec<String>,
+    /// Formats of the products: f32 (in full), tf32, bf16
+    #[arg(long, value_delimiter = ',', default_values_t = ["f32", "tf32", "bf16"].map(String::from))]
+    formats: Vec<String>,
+    /// Images a step
+    #[arg(long, value_delimiter = ',', default_values_t = [128, 512, 1024, 4096])]
+    batches: Vec<usize>,
+    /// Seconds that each model is timed for
+    #[arg(long, default_value_t = 5.0)]
+    seconds: f64,
+    /// A Python with PyTorch, to compare with
+    #[arg(long, default_value = "python3", value_name = "PROGRAM")]
+    python: String,
+    /// Write the report as text and as JSON into this folder
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+impl Options {
+    #[cfg(feature = "bench")]
+    fn does(&self, what: &str) -> bool {
+        self.skip.iter().all(|skipped| skipped != what)
+    }
+}
+
+/// Why the device is not known to be good.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The program could not be built or started.
+    #[error("cannot run {command}: {problem}")]
+    Command {
+        /// What was run.
+        command: String,
+        /// What became of it.
+        problem: String,
+    },
+    /// There is no such device.
+    #[error("there is no device to check: {0}")]
+    Device(String),
+    /// Some checks failed.
+    #[error("{failed} of {all} checks failed; they are named above")]
+    Failed {
+        /// How many.
+        failed: usize,
+        /// Of how many.
+        all: usize,
+    },
+    /// The report could not be written.
+    #[error("cannot write {}: {problem}", path.display())]
+    Write {
+        /// Where to.
+        path: PathBuf,
+        /// Why.
+        problem: String,
+    },
+}
+
+/// Checks and measures; the report is printed as it grows.
+#[cfg(feature = "bench")]
+pub fn run(options: &Options) -> Result<String, Error> {
+    use report::{Report, say};
+
+    let device = open(&options.device)?;
+    let mut report = Report::new(&options.device);
+    if options.does("checks") {
+        say("## Checks: the device beside the CPU\n");
+        operations::check(&device, &mut report);
+        training::check(&device, &mut report);
+    }
+    if options.does("speed") {
+        say("\n## Training, images a second\n");
+        speed::measure(&device, options, &mut report);
+    }
+    if options.does("pytorch") {
+        say("\n## PyTorch, images a second\n");
+        pytorch::measure(options, &mut report);
+        say(&report.ratios());
+    }
+    if let Some(folder) = &options.out {
+        report.write(folder)?;
+    }
+    let (failed, all) = report.checks();
+    if failed > 0 { Err(Error::Failed { failed, all }) } else { Ok(format!("{all} checks passed")) }
+}
+
+#[cfg(feature = "bench")]
+fn open(name: &str) -> Result<candle_core::Device, Error> {
+    use candle_core::Device;
+
+    let opened = match name.split_once(':').unwrap_or((name, "0")) {
+        ("cpu", _) => Ok(Device::Cpu),
+        ("metal", _) => Device::new_metal(0),
+        ("cuda", number) => match number.parse() {
+            Ok(number) => vq_ops::open_cuda(number),
+            Err(_) => return Err(Error::Device(format!("{name} is none of cuda, cuda:N"))),
+        },
+        _ => return Err(Error::Device(format!("{name} is none of cuda, cuda:N, metal, cpu"))),
+    };
+    opened.map_err(|error| Error::Device(error.to_string()))
+}
+
+/// Builds this program with what does the work, and starts it.
+#[cfg(not(feature = "bench"))]
+pub fn run(options: &Options) -> Result<String, Error> {
+    use std::process::Command;
+
+    let feature = match options.device.split(':').next() {
+        Some("cuda") => "bench,cuda",
+        Some("metal") => "bench,metal",
+        _ => "bench",
+    };
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
+    let mut command = Command::new(cargo);
+    command.args([
+        "run",
+        "--release",
+        "--quiet",
+        "--package",
+        "xtask",
+        "--features",
+        feature,
+        "--",
+    ]);
+    command.args(std::env::args_os().skip(1));
+    command.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+    let problem = |problem: String| Error::Command { command: "cargo run".to_owned(), problem };
+    match command.status() {
+        Ok(status) if status.success() => Ok(String::new()),
+        Ok(status) => Err(problem(format!("{status}; its message is above"))),
+        Err(error) => Err(problem(error.to_string())),
+    }
+}

@@ -1,0 +1,170 @@
+//! A short run on the device beside one on the CPU, and a run that was interrupted.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::Device;
+use vq_data::{Dataset, ImageShape, InMemory, Splits};
+use vq_train::{Event, Observer, Recipe, Tokenizer, Trainable, Trainer};
+
+use super::checks::{noise, text};
+use super::report::Report;
+
+type Boxed = Box<dyn std::error::Error + Send + Sync>;
+type Result<T> = std::result::Result<T, Boxed>;
+
+/// Steps in an epoch.
+const STEPS: usize = 10;
+const BATCH: usize = 32;
+
+pub(super) fn check(device: &Device, report: &mut Report) {
+    vq_ops::set_strict_f32(true);
+    report.check("a run of 40 steps beside the CPU's", beside_the_cpu(device).map_err(text));
+    report.check("resumed to the bit", resumed(device).map_err(text));
+    vq_ops::set_strict_f32(false);
+}
+
+/// The mean of the reconstruction error over the last epoch. Rounding decides single codes and then grows, so
+/// that only the course can agree.
+fn beside_the_cpu(device: &Device) -> Result<String> {
+    let run = |device: &Device| -> Result<(f64, f64)> {
+        let folder = tempfile::tempdir()?;
+        let losses = Losses::default();
+        trainer(4, device, folder.path())?.with_observer(losses.clone()).run()?;
+        let losses = losses.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (Some(first), Some(last)) = (losses.first(), losses.get(3 * STEPS..)) else {
+            return Err(format!("{} steps were reported", losses.len()).into());
+        };
+        Ok((*first, last.iter().sum::<f64>() / last.len() as f64))
+    };
+    let (ours, theirs) = (run(device)?, run(&Device::Cpu)?);
+    let found = format!(
+        "first loss {:.6} and {:.6}, mean of the last epoch {:.4} and {:.4}",
+        ours.0, theirs.0, ours.1, theirs.1
+    );
+    let is_alike = (ours.0 / theirs.0 - 1.).abs() < 1e-3 && (ours.1 / theirs.1 - 1.).abs() < 0.05;
+    if is_alike { Ok(found) } else { Err(found.into()) }
+}
+
+fn resumed(device: &Device) -> Result<String> {
+    let (straight, parts) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let mut whole = trainer(2, device, straight.path())?;
+    whole.run()?;
+    trainer(1, device, parts.path())?.run()?;
+    let mut second = trainer(2, device, parts.path())?;
+    if second.resume()?.is_none() {
+        return Err("there is no checkpoint to resume from".into());
+    }
+    second.run()?;
+    let (whole, parts) = (bits(whole.task())?, bits(second.task())?);
+    let differing = whole.iter().filter(|(name, bits)| parts.get(*name) != Some(*bits)).count();
+    let count = whole.len();
+    if differing == 0 {
+        Ok(format!("all {count} tensors are equal"))
+    } else {
+        Err(format!("{differing} of {count} tensors differ").into())
+    }
+}
+
+fn bits(task: &Tokenizer) -> Result<BTreeMap<String, Vec<u32>>> {
+    let model = task.model();
+    let all = task.parameters().iter().chain(model.buffers());
+    all.map(|(name, var)| {
+        let values = var.flatten_all()?.to_vec1::<f32>()?;
+        Ok((name.clone(), values.into_iter().map(f32::to_bits).collect()))
+    })
+    .collect()
+}
+
+fn trainer(epochs: usize, device: &Device, folder: &Path) -> Result<Trainer<Tokenizer>> {
+    let mut recipe = Recipe::default();
+    for change in [
+        "train.schedule=constant",
+        "train.warmup_steps=0",
+        "train.lr=0.001",
+        "train.kmeans.rounds=0",
+        "train.samples=0",
+        "train.eval_every=1000",
+        "model.levels.0.hidden=32",
+        "model.levels.0.residual_hidden=8",
+        "model.levels.0.quantizer.codebook_size=32",
+        "model.levels.0.quantizer.dim=16",
+        "model.image_size=[16,16]",
+    ] {
+        recipe = recipe.with_override(change)?;
+    }
+    recipe.train.epochs = epochs;
+    recipe.train.batch_size = BATCH;
+    let data = images(STEPS * BATCH, 16)?;
+    let splits = Splits { train: data.clone(), test: data, notes: Vec::new(), broken: Vec::new() };
+    let tokenizer = Tokenizer::new(&recipe, &splits, device)?;
+    Ok(Trainer::new(tokenizer, &recipe.train, folder)?)
+}
+
+/// Smooth ramps in three colours with some noise.
+pub(super) fn images(count: usize, side: usize) -> Result<Arc<dyn Dataset>> {
+    let shape = ImageShape { channels: 3, height: side, width: side };
+    let rough = noise(&[count * 6], 5);
+    let mut pixels = Vec::with_capacity(count * shape.pixels());
+    for image in rough.chunks_exact(6) {
+        for channel in image.chunks_exact(2) {
+            for (y, x) in (0..side).flat_map(|y| (0..side).map(move |x| (y, x))) {
+                let (y, x) = (y as f32 / side as f32 - 0.5, x as f32 / side as f32 - 0.5);
+                pixels.push((127.5 + 120. * (channel[0] * y + channel[1] * x)) as u8);
+            }
+        }
+    }
+    Ok(Arc::new(InMemory::new("ramps", shape, pixels, vec![0; count], Vec::new())?))
+}
+
+/// Some images as if they were many, so that an epoch, with what comes at its end, is long.
+pub(super) struct Repeated {
+    pub(super) images: Arc<dyn Dataset>,
+    pub(super) len: usize,
+}
+
+impl Dataset for Repeated {
+    fn name(&self) -> &str {
+        self.images.name()
+    }
+
+    fn len(&self) -> usize {
+        self.len
+    }
+
+    fn shape(&self) -> ImageShape {
+        self.images.shape()
+    }
+
+    fn class_names(&self) -> &[String] {
+        self.images.class_names()
+    }
+
+    fn label(&self, _: usize) -> u32 {
+        0
+    }
+
+    fn read(&self, index: usize, out: &mut [u8]) -> std::result::Result<(), vq_data::Error> {
+        self.images.read(index % self.images.len(), out)
+    }
+
+    /// So that several threads read, as they would decode files.
+    fn is_costly(&self) -> bool {
+        true
+    }
+}
+
+/// The reconstruction error of every step.
+#[derive(Clone, Default)]
+struct Losses(Arc<Mutex<Vec<f64>>>);
+
+impl Observer for Losses {
+    fn observe(&mut self, event: &Event<'_>) -> Result<()> {
+        if let Event::StepFinished(step) = event {
+            let loss = step.losses.get("reconstruction").unwrap_or(f64::NAN);
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(loss);
+        }
+        Ok(())
+    }
+}
