@@ -171,6 +171,11 @@ mod tests {
         for recipe in &EMBEDDED {
             let base = variants.common(&load(recipe.name).unwrap()).unwrap();
             for variant in variants.choose(&["all".to_owned()]).unwrap() {
+                if recipe.name == "cifar10-likelihood" {
+                    let error = variant.recipe(&base).unwrap_err().to_string();
+                    assert!(error.contains("90 bits at a position"), "{error}");
+                    continue;
+                }
                 let bits = variant.recipe(&base).unwrap().model.bits_per_image();
                 let difference = (bits - base.model.bits_per_image()).abs();
                 assert!(difference < 1e-6, "{} on {}: {bits}", variant.name, recipe.name);

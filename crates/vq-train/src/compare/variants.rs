@@ -41,6 +41,8 @@ pub struct Variant {
     train: Table,
 }
 
+/// The most bits at a position that are compared: a codebook of 2^24 vectors of 64 numbers takes 4 GB.
+const MOST_BITS: f64 = 24.0;
 /// Keys of `[train]` that make the conditions equal, so that a variant must not have its own.
 const COMMON: [&str; 5] = ["epochs", "batch_size", "accumulate", "seed", "precision"];
 
@@ -119,6 +121,13 @@ impl Variant {
         if let Some(key) = COMMON.iter().find(|key| self.train.contains_key(**key)) {
             return Err(refuse(format!(
                 "train.{key} must be the same for all: set it by a flag, by --set or in the file's [train]"
+            )));
+        }
+        let bits = |level: &LevelConfig| level.quantizer.bits_per_position();
+        if let Some(bits) = base.model.levels.iter().map(bits).find(|bits| *bits > MOST_BITS) {
+            return Err(refuse(format!(
+                "the recipe spends {bits} bits at a position, and not every quantizer can: compare on a recipe of at \
+                 most {MOST_BITS}"
             )));
         }
         let level = |level: &LevelConfig| {
