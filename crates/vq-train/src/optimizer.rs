@@ -41,7 +41,7 @@ impl Optimizer {
         gradients: &GradStore,
         config: &TrainConfig,
         (step, lr): (u64, f64),
-        clip: Clip,
+        clip: &Clip,
     ) -> Result<()> {
         let mut slots = Vec::with_capacity(parameters.len());
         for (name, var) in parameters {
@@ -59,7 +59,7 @@ impl Optimizer {
                 decays: decays(name, var),
             });
         }
-        let (grad_scale, scale) = match &clip {
+        let (grad_scale, scale) = match clip {
             Clip::Known(scale) => (*scale, None),
             Clip::Waiting(scale) => (1.0, Some(scale)),
         };
@@ -242,7 +242,7 @@ mod tests {
             parameters["codebook"].sqr().unwrap().sum_all().unwrap().backward().unwrap();
         let settings = config(weight_ema);
         optimizer
-            .step(parameters, |_, _| false, &gradients, &settings, (step, 0.1), Clip::Known(1.0))
+            .step(parameters, |_, _| false, &gradients, &settings, (step, 0.1), &Clip::Known(1.0))
             .unwrap();
     }
 

@@ -161,7 +161,7 @@ impl<T: Trainable> Trainer<T> {
             &gradients,
             &self.config,
             (step, lr),
-            clip,
+            &clip,
         )?;
         // The codebooks move last: the losses were those of the codes that the batch was given.
         let update = self.task.update(residue, step)?;

@@ -101,7 +101,9 @@ mod tests {
 
             paths.dedup();
             let mut names = Names::default();
-            paths.iter().for_each(|path| names.push(path.as_bytes()));
+            for path in &paths {
+                names.push(path.as_bytes());
+            }
             for (index, path) in paths.iter().enumerate() {
                 prop_assert_eq!(names.get(index), path.as_bytes());
                 prop_assert_eq!(names.find(path.as_bytes()), Some(index));
