@@ -14,7 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 torch.set_num_threads(int(os.environ.get("RAYON_NUM_THREADS", os.cpu_count())))
-BATCH, BATCHES, VECTORS = 128, 32, 65_536
+BATCH, BATCHES, VECTORS = 128, 16, 65_536
 work, way = sys.argv[1:]
 channels_last, bf16, compiled = "cl" in way, "bf16" in way, "compiled" in way
 

@@ -16,7 +16,7 @@ type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>
 
 const BATCH: usize = 128;
 /// Batches in a measured piece.
-const BATCHES: usize = 32;
+const BATCHES: usize = 16;
 
 /// Does the named work the named way until standard input ends.
 pub fn run(work: &str, way: &str) -> Result<()> {

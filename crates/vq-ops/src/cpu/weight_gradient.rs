@@ -109,15 +109,17 @@ pub(crate) fn weight_gradient(
 
 /// Sums of each column: `[M, columns]` → `[columns]`, a bias's gradient.
 pub(crate) fn column_sums(values: Elements<'_>, columns: usize, sums: &mut [f32]) {
+    let kernels = bf16::kernels::kernels();
     match values {
-        Elements::F32(values) => sum_columns(values, |value| value, columns, sums),
-        Elements::Bf16(values) => sum_columns(values, bf16::widen, columns, sums),
+        Elements::F32(values) => sum_columns(values, kernels.add, columns, sums),
+        Elements::Bf16(values) => sum_columns(values, kernels.add_halves, columns, sums),
     }
 }
 
-fn sum_columns<T: Copy + Sync>(
+/// `add` adds so many elements to f32 ones and fits this CPU.
+fn sum_columns<T: Sync>(
     values: &[T],
-    to_f32: impl Fn(T) -> f32 + Sync,
+    add: unsafe fn(*const T, *mut f32, usize),
     columns: usize,
     sums: &mut [f32],
 ) {
@@ -127,8 +129,10 @@ fn sum_columns<T: Copy + Sync>(
         .map(|rows| {
             let mut sums = vec![0.; columns];
             for row in rows.chunks_exact(columns) {
-                for (sum, value) in sums.iter_mut().zip(row) {
-                    *sum += to_f32(*value);
+                // SAFETY: both have `columns` elements.
+                #[allow(unsafe_code)]
+                unsafe {
+                    add(row.as_ptr(), sums.as_mut_ptr(), columns);
                 }
             }
             sums

@@ -80,6 +80,10 @@ pub(crate) struct Kernels {
     pub narrow: [unsafe fn(*const f32, *mut u16, usize); 2],
     /// `to[i] = low[i] | high[i] << 16` for `count` elements.
     pub pair: unsafe fn(*const u16, *const u16, *mut u32, usize),
+    /// `to[i] += from[i]` for `count` elements.
+    pub add: unsafe fn(*const f32, *mut f32, usize),
+    /// The same from bfloat16.
+    pub add_halves: unsafe fn(*const u16, *mut f32, usize),
     /// Copies patches.
     pub gather: GatherFn<u16>,
     /// See [`Transpose`].
@@ -171,6 +175,26 @@ unsafe fn pair(low: *const u16, high: *const u16, to: *mut u32, count: usize) {
     for i in 0..count {
         // SAFETY: the caller's promise.
         unsafe { *to.add(i) = u32::from(*low.add(i)) | u32::from(*high.add(i)) << 16 }
+    }
+}
+
+/// # Safety
+/// `to` covers `count` elements, `from(i, n)` gives the n from the i-th on, and the CPU has `V`'s instruction
+/// set.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn add<V: Vector>(to: *mut f32, count: usize, from: impl Fn(usize, usize) -> V) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        for i in (0..count).step_by(V::LANES) {
+            let to = to.add(i);
+            let lanes = (count - i).min(V::LANES);
+            if lanes == V::LANES {
+                V::load(to).add(from(i, lanes)).store(to);
+            } else {
+                V::load_partial(to, lanes).add(from(i, lanes)).store_partial(to, lanes);
+            }
+        }
     }
 }
 
@@ -304,6 +328,18 @@ macro_rules! helpers {
             }
 
             $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn add(from: *const f32, to: *mut f32, count: usize) {
+                // SAFETY: as above.
+                unsafe { super::add::<$vector>(to, count, |i, lanes| <$vector>::load_partial(from.add(i), lanes)) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
+            pub(super) unsafe fn add_halves(from: *const u16, to: *mut f32, count: usize) {
+                // SAFETY: as above.
+                unsafe { super::add::<$vector>(to, count, |i, lanes| <$vector>::load_halves(from.add(i), lanes)) }
+            }
+
+            $(#[target_feature(enable = $feature)])?
             pub(super) unsafe fn gather(job: Gather<'_, u16>) {
                 // SAFETY: as above.
                 unsafe { super::gather::<$vector>(job) }
@@ -346,6 +382,8 @@ macro_rules! emulated_kernels {
             store: $module::store,
             narrow: [$module::narrow::<false>, $module::narrow::<true>],
             pair: $module::pair,
+            add: $module::add,
+            add_halves: $module::add_halves,
             gather: $module::gather,
             transpose,
             native: false,
