@@ -56,16 +56,30 @@ fn run(task: Task) -> Result<String, Box<dyn Error + Send + Sync>> {
         Task::Bench(options) => bench::run(&options)?,
         Task::GpuCheck(options) => {
             #[cfg(feature = "bench")]
-            vq_ops::process::keep_memory();
+            set_up(true);
             gpu_check::run(&options)?
         }
         #[cfg(feature = "bench")]
         Task::BenchWorker { work, way } => {
-            vq_ops::process::keep_memory();
+            // The naive program is as candle's users would have it.
+            set_up(way != "candle");
             bench::worker::run(&work, &way)?;
             String::new()
         }
     })
+}
+
+/// As the `vq` binary does before anything else.
+#[cfg(feature = "bench")]
+fn set_up(is_ours: bool) {
+    vq_ops::process::keep_memory();
+    if is_ours {
+        // SAFETY: there are no other threads yet.
+        #[allow(unsafe_code)]
+        unsafe {
+            vq_ops::process::keep_candle_on_one_thread();
+        }
+    }
 }
 
 /// An error's message on one line; the messages carry their causes.

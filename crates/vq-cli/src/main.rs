@@ -30,6 +30,11 @@ static ALLOCATOR: vq_ops::process::Allocator = vq_ops::process::Allocator;
 /// a training run that Ctrl-C or SIGTERM stopped, saved and ready for `--resume`.
 fn main() -> ExitCode {
     vq_ops::process::keep_memory();
+    // SAFETY: there are no other threads yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        vq_ops::process::keep_candle_on_one_thread();
+    }
     let cli = Cli::parse();
     output::start_log(cli.log_format);
     match commands::run(&cli) {

@@ -13,7 +13,7 @@ use crate::cpu::conv::{Finish, Target};
 use crate::cpu::elements::{Elements, Output};
 use crate::cpu::pack::{Axes, Gather, Patches, Place, Tap};
 
-/// Patches that are gathered and multiplied at a time: a tile of the widest kernels.
+/// Patches that are gathered and multiplied at a time, at most: a tile of the widest kernels.
 const BLOCK: usize = 32;
 /// Blocks of a task.
 const BLOCKS: usize = 4;
@@ -39,10 +39,16 @@ pub(crate) fn multiply(
     weight_panels(weight, axes, &patches.taps, panels);
     let job = PatchProduct { patches, x, panels, finish, target };
     let rows = patches.rows();
-    (0..rows.div_ceil(BLOCKS * BLOCK)).into_par_iter().for_each(|task| {
-        let first = task * BLOCKS * BLOCK;
-        job.rows(first..(first + BLOCKS * BLOCK).min(rows), sink);
+    let task_rows = BLOCKS * block(kernels().rows);
+    (0..rows.div_ceil(task_rows)).into_par_iter().for_each(|task| {
+        let first = task * task_rows;
+        job.rows(first..(first + task_rows).min(rows), sink);
     });
+}
+
+/// As many whole tiles of that height as a block can hold.
+fn block(tile: usize) -> usize {
+    BLOCK / tile * tile
 }
 
 /// An [`Output`] that several tasks write, each its own elements.
@@ -82,8 +88,9 @@ pub(crate) struct PatchProduct<'a> {
 impl PatchProduct<'_> {
     /// All columns of some rows. No two tasks may take the same row.
     pub(crate) fn rows(&self, rows: Range<usize>, sink: Sink) {
-        for first in rows.clone().step_by(BLOCK) {
-            self.block(first..(first + BLOCK).min(rows.end), sink);
+        let block = block(kernels().rows);
+        for first in rows.clone().step_by(block) {
+            self.block(first..(first + block).min(rows.end), sink);
         }
     }
 
@@ -102,7 +109,8 @@ impl PatchProduct<'_> {
             place.next(self.patches.grid);
         }
         // Rows that a product may read and write: it works on whole tiles.
-        let height = BLOCK.next_multiple_of(kernels.rows);
+        let height = kernels.padded(rows.len());
+        let tile = kernels.tile(rows.len());
         let sums = height * columns.next_multiple_of(PANEL);
         with_words(height * a_step + sums, |scratch| {
             let (gathered, sums) = scratch.split_at_mut(height * a_step);
@@ -116,8 +124,8 @@ impl PatchProduct<'_> {
                 let (start, end) = (cut(piece), cut(piece + 1));
                 self.gather(rows.clone(), start..end, gathered, a_step);
                 for first in (0..columns).step_by(PANEL) {
-                    for row in (0..rows.len()).step_by(kernels.rows) {
-                        let count = kernels.rows.min(rows.len() - row);
+                    for row in (0..rows.len()).step_by(tile) {
+                        let count = tile.min(rows.len() - row);
                         // SAFETY: the kernels fit this CPU. `gathered` and `sums` hold the rows of
                         // the block, and as many more as a product may touch; the panels are `pairs`
                         // deep.

@@ -16,8 +16,8 @@ pub(crate) const SQUARE: usize = 16;
 
 /// One product: `c[i·c_step + j] (+)= Σ_p a(i, p) · b[p][j]`, each term the sum over a pair.
 pub(crate) struct Product {
-    /// At most [`Kernels::rows`].
-    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only AMX asks"))]
+    /// Between 1 and [`Kernels::rows`].
+    #[cfg_attr(not(target_arch = "x86_64"), expect(dead_code, reason = "only x86 kernels ask"))]
     pub rows: usize,
     /// Pairs to sum over, a multiple of [`STEP`].
     pub pairs: usize,
@@ -68,6 +68,8 @@ pub(crate) struct Store {
 pub(crate) struct Kernels {
     /// The most rows in a product.
     pub rows: usize,
+    /// Whether a product of fewer rows touches no others.
+    pub exact: bool,
     /// Prepares this thread for products; call `leave` after the last one.
     pub enter: unsafe fn(),
     /// See `enter`.
@@ -103,6 +105,18 @@ pub(crate) struct Kernels {
 /// each column, `to_step` apart; the CPU has the instruction set.
 type Transpose =
     unsafe fn(from: *const u16, step: usize, to: *mut u32, to_step: usize, columns: usize);
+
+impl Kernels {
+    /// The height of the tiles that `rows` rows are best cut into.
+    pub(crate) fn tile(&self, rows: usize) -> usize {
+        if self.exact && rows > 0 { rows.div_ceil(rows.div_ceil(self.rows)) } else { self.rows }
+    }
+
+    /// How many rows the tiles that cover `rows` may touch.
+    pub(crate) fn padded(&self, rows: usize) -> usize {
+        if self.exact { rows } else { rows.next_multiple_of(self.rows) }
+    }
+}
 
 /// The best kernels for this CPU. `VQ_CPU=avx512bf16`, `avx512`, `avx2` or `portable` asks for less,
 /// for comparisons.
@@ -376,6 +390,7 @@ macro_rules! emulated_kernels {
     ($table:ident, $module:ident, $name:literal, $rows:literal) => {
         static $table: Kernels = Kernels {
             rows: $rows,
+            exact: false,
             enter: nothing,
             leave: nothing,
             product: $module::emulated::<$rows>,
@@ -395,6 +410,7 @@ macro_rules! emulated_kernels {
 #[cfg(target_arch = "x86_64")]
 static AMX: Kernels = Kernels {
     rows: 32,
+    exact: false,
     enter: super::amx::enter,
     leave: super::amx::leave,
     product: super::amx::product,
@@ -405,6 +421,7 @@ static AMX: Kernels = Kernels {
 
 #[cfg(target_arch = "x86_64")]
 static AVX512_BF16: Kernels = Kernels {
+    exact: true,
     product: dot::product,
     transpose: dot::transpose,
     narrow: [dot::narrow::<false>, dot::narrow::<true>],
@@ -431,12 +448,23 @@ mod dot {
 
     use super::{PANEL, Product};
 
-    const ROWS: usize = 14;
+    /// For each number of rows.
+    const TILES: [unsafe fn(&Product); 14] = [
+        tile::<1>, tile::<2>, tile::<3>, tile::<4>, tile::<5>, tile::<6>, tile::<7>, tile::<8>,
+        tile::<9>, tile::<10>, tile::<11>, tile::<12>, tile::<13>, tile::<14>,
+    ];
 
     /// # Safety
     /// The pointers cover what [`Product`] says, and the CPU has the instructions.
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub(super) unsafe fn product(job: &Product) {
+        // SAFETY: the caller's promise.
+        unsafe { TILES[job.rows - 1](job) }
+    }
+
+    /// # Safety
+    /// As [`product`].
+    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+    unsafe fn tile<const ROWS: usize>(job: &Product) {
         // SAFETY: the caller's promise. A register of words and one of pairs are the same bits.
         unsafe {
             let mut sums = [[_mm512_setzero_ps(); 2]; ROWS];

@@ -34,7 +34,8 @@ pub(crate) fn weight_gradient(
     let kernels = kernels();
     let (depth, channels, pixels) = (patches.depth(), geometry.small.channels, patches.rows());
     let chunks = pixels.div_ceil(CHUNK);
-    let height = channels.next_multiple_of(kernels.rows);
+    let height = kernels.padded(channels);
+    let tile = kernels.tile(channels);
     let width = depth.next_multiple_of(PANEL);
     // What the tasks are depends on the shape alone, so that sums do not depend on threads.
     let stripes = depth.div_ceil(STRIPE).max(1);
@@ -71,10 +72,10 @@ pub(crate) fn weight_gradient(
                 unsafe {
                     (kernels.enter)();
                     for (panel, column) in columns.clone().step_by(PANEL).enumerate() {
-                        for row in (0..height).step_by(kernels.rows) {
+                        for row in (0..channels).step_by(tile) {
                             let at = (part * height + row) * width + column;
                             (kernels.product)(&Product {
-                                rows: kernels.rows,
+                                rows: tile.min(channels - row),
                                 pairs,
                                 a: a[row * CHANNEL_STEP..].as_ptr(),
                                 a_step: CHANNEL_STEP,
