@@ -7,6 +7,8 @@
 #[cfg(feature = "bench")]
 mod naive;
 #[cfg(feature = "bench")]
+mod prior;
+#[cfg(feature = "bench")]
 mod profile;
 #[cfg(feature = "bench")]
 pub mod worker;
@@ -30,8 +32,8 @@ pub struct Options {
     /// Rounds in which every contender works once
     #[arg(long, value_name = "N", default_value_t = 7)]
     rounds: usize,
-    /// Groups to measure: train, train-bf16, forward, forward-bf16, search, profile
-    #[arg(long, value_delimiter = ',', default_values_t = ["train", "train-bf16", "forward", "forward-bf16", "search", PROFILE].map(String::from))]
+    /// Groups to measure: train, train-bf16, forward, forward-bf16, search, prior, profile
+    #[arg(long, value_delimiter = ',', default_values_t = ["train", "train-bf16", "forward", "forward-bf16", "search", "prior", PROFILE].map(String::from))]
     groups: Vec<String>,
     /// Write the tables there too, as Markdown
     #[arg(long, value_name = "FILE")]
@@ -59,7 +61,8 @@ pub enum Error {
     },
     /// A group of that name does not exist.
     #[error(
-        "there is no group {0:?}; the groups are train, train-bf16, forward, forward-bf16, search"
+        "there is no group {0:?}; the groups are train, train-bf16, forward, forward-bf16, search, prior, \
+         profile"
     )]
     Group(String),
 }
@@ -134,6 +137,12 @@ const TRAIN_FLOPS: f64 = 265e6;
 /// A forward pass of the standard model, per image.
 const FORWARD_FLOPS: f64 = 91.2e6;
 
+/// A training step of the default PixelCNN on 8×8 codes out of 512, per image: 4.08 M weights at 64 positions,
+/// thrice.
+const PIXELCNN_FLOPS: f64 = 3. * 2. * 64. * 4.08e6;
+/// A training step of the default Transformer there: 4.13 M weights, and attention over 64 positions in 6 layers.
+const TRANSFORMER_FLOPS: f64 = 3. * 2. * 64. * (4.13e6 + 6. * 2. * 64. * 256.);
+
 impl Group {
     fn named(name: &str) -> Result<Self, Error> {
         let compiled = &["eager", "eager-cl", "compiled", "compiled-cl"];
@@ -180,6 +189,14 @@ impl Group {
                     let codes = work.rsplit('-').next().and_then(|k| k.parse().ok());
                     2. * 64. * codes.unwrap_or(0.)
                 },
+            },
+            "prior" => Self {
+                title: "Training of priors, f32",
+                unit: "images",
+                works: &["pixelcnn", "transformer"],
+                ours: &["ours"],
+                pytorch: compiled,
+                flops: |work| if work == "pixelcnn" { PIXELCNN_FLOPS } else { TRANSFORMER_FLOPS },
             },
             other => return Err(Error::Group(other.to_owned())),
         })

@@ -5,6 +5,7 @@ benchmark (Sonnet's CIFAR-10 VQ-VAE with a gradient codebook), the loss and the 
 recipe cifar10-paper.
 """
 import os
+import pathlib
 import resource
 import sys
 import time
@@ -14,7 +15,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 torch.set_num_threads(int(os.environ.get("RAYON_NUM_THREADS", os.cpu_count())))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[3] / "crates/vq-prior/tests/golden"))
+import networks
+
 BATCH, BATCHES, VECTORS = 128, 16, 65_536
+PRIORS = {
+    "pixelcnn": dict(channels=128, layers=10, hidden=256, skip=128, first=5, kernel=3),
+    "transformer": dict(channels=256, layers=6, hidden=256, mlp=512),
+}
 work, way = sys.argv[1:]
 channels_last, bf16, compiled = "cl" in way, "bf16" in way, "compiled" in way
 
@@ -98,6 +106,37 @@ def forward():
     return BATCHES * BATCH, piece
 
 
+def prior():
+    """The default networks of vq-prior, with as many classes and as much dropout as on our side."""
+    batch, settings = 64, PRIORS[work]
+    p = {}
+    for name, shape in networks.shapes(work, (8, 8), [512], 10, **settings).items():
+        fan_in = max(1, shape[1] * shape[2] * shape[3]) if name.endswith("weight") else 1
+        p[name] = (torch.rand(shape) * 2 - 1) / fan_in**0.5
+        if channels_last and p[name].dim() == 4:
+            p[name] = p[name].contiguous(memory_format=torch.channels_last)
+        p[name].requires_grad_()
+    optimizer = torch.optim.AdamW(p.values(), lr=1e-4, fused=True)
+    codes, labels = torch.randint(0, 512, (batch, 8, 8, 1)), torch.randint(0, 10, (batch,))
+
+    def step(p, codes, labels):
+        if work == "pixelcnn":
+            features = networks.pixelcnn(p, codes, labels, settings["layers"], 0.1, cropped=True)
+        else:
+            features = networks.transformer(p, codes, labels, settings["layers"], 4, 0.1)
+        return networks.loss(networks.head(p, features, codes), codes)
+
+    run = torch.compile(step) if compiled else step
+
+    def piece():
+        for _ in range(BATCHES):
+            optimizer.zero_grad(set_to_none=True)
+            run(p, codes, labels).backward()
+            optimizer.step()
+
+    return BATCHES * batch, piece
+
+
 def search(codes):
     z, codebook = torch.randn(VECTORS, 64), torch.randn(codes, 64)
 
@@ -116,7 +155,10 @@ def search(codes):
     return VECTORS, piece
 
 
-units, piece = search(int(work.split("-")[1])) if work.startswith("search") else {"train": train, "forward": forward}[work]()
+if work.startswith("search"):
+    units, piece = search(int(work.split("-")[1]))
+else:
+    units, piece = {"train": train, "forward": forward, "pixelcnn": prior, "transformer": prior}[work]()
 piece()
 print("ready", flush=True)
 for _ in sys.stdin:

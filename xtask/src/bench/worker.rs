@@ -12,7 +12,7 @@ use vq_train::{Event, Observer, Recipe, Tokenizer, Trainer};
 
 use super::naive::Naive;
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+pub(super) type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
 const BATCH: usize = 128;
 /// Batches in a measured piece.
@@ -28,6 +28,7 @@ pub fn run(work: &str, way: &str) -> Result<()> {
         }
         ("train", "ours") => train_ours(Precision::F32),
         ("train", "ours-bf16") => train_ours(Precision::Bf16),
+        ("pixelcnn" | "transformer", "ours") => super::prior::train(work),
         ("train", "candle") => train_candle(),
         ("forward", "ours") => forward_ours(Precision::F32),
         ("forward", "ours-bf16") => forward_ours(Precision::Bf16),
@@ -110,9 +111,17 @@ fn noise_images() -> Result<Arc<dyn Dataset>> {
 }
 
 /// Lets the real training loop run, and holds it between the measured pieces.
-struct Gate {
+pub(super) struct Gate {
+    /// Images a step.
+    batch: usize,
     steps: usize,
     start: Option<Instant>,
+}
+
+impl Gate {
+    pub(super) fn new(batch: usize) -> Self {
+        Self { batch, steps: 0, start: None }
+    }
 }
 
 impl Observer for Gate {
@@ -125,7 +134,7 @@ impl Observer for Gate {
             return Ok(());
         }
         match self.start {
-            Some(start) => answer((BATCHES * BATCH) as f64, start),
+            Some(start) => answer((BATCHES * self.batch) as f64, start),
             None => say("ready"),
         }
         if !told() {
@@ -153,8 +162,7 @@ fn train_ours(precision: Precision) -> Result<()> {
     let splits = Splits { train: data.clone(), test: data, notes: Vec::new(), broken: Vec::new() };
     let folder = std::env::temp_dir().join(format!("vq-bench-{}", std::process::id()));
     let tokenizer = Tokenizer::new(&recipe, &splits, &Device::Cpu)?;
-    let gate = Gate { steps: 0, start: None };
-    Trainer::new(tokenizer, &recipe.train, folder)?.with_observer(gate).run()?;
+    Trainer::new(tokenizer, &recipe.train, folder)?.with_observer(Gate::new(BATCH)).run()?;
     Ok(())
 }
 
