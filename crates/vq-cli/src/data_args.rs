@@ -26,6 +26,10 @@ pub(crate) struct DataArgs {
     #[arg(long, value_name = "DIR")]
     data_dir: Option<PathBuf>,
 
+    /// Images to draw for the train split of the built-in shapes [default: the recipe's].
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    train_count: Option<u32>,
+
     /// What to do about broken files in a folder of images [default: skip, and name them].
     #[arg(long, value_enum, value_name = "WHAT")]
     on_broken: Option<OnBrokenArg>,
@@ -52,6 +56,9 @@ impl DataArgs {
         }
         if let Some(dir) = &self.data_dir {
             data.dir.clone_from(dir);
+        }
+        if let Some(count) = self.train_count {
+            data.train_count = count as usize;
         }
         if let Some(on_broken) = self.on_broken {
             data.on_broken = match on_broken {

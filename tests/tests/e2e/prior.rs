@@ -46,6 +46,8 @@ fn with_prior() -> &'static Path {
         };
         let said = encode(&["--dataset", "train", "--out", "codes", "--shard-images", "40"]);
         assert!(said.out.contains("codes of 96 images of shapes train"), "{said:?}");
+        let said = encode(&["--dataset=train", "--out=codes-more", "--train-count=130"]);
+        assert!(said.out.contains("codes of 130 images of shapes train"), "{said:?}");
         encode(&["--dataset=test", "--out=codes-test"]);
         let said = succeed(
             folder.path(),

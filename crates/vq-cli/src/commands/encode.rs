@@ -26,6 +26,7 @@ use crate::output;
 #[command(after_help = "Examples:
   vq encode a.png b.jpg --out codes.safetensors
   vq encode --dataset train --out codes
+  vq encode --dataset train --train-count 50000   more of the built-in shapes than the model learned from
   vq encode --dataset test --out codes-test --data cifar10")]
 pub(crate) struct EncodeArgs {
     #[command(flatten)]
