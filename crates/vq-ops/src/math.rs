@@ -57,6 +57,41 @@ pub(crate) fn tanh(x: f32) -> f32 {
     1.0 - 2.0 / (exp(2.0 * x) + 1.0)
 }
 
+/// ln x of a positive, normal x, to about 10⁻⁷ of the larger of its magnitude and 1; NaN for NaN.
+#[inline(always)]
+pub(crate) fn ln(x: f32) -> f32 {
+    // x = m · 2ⁿ with m from √½ to √2.
+    const SQRT_HALF: u32 = 0x3f35_04f3;
+    let bits = x.to_bits().wrapping_sub(SQRT_HALF);
+    let n = (bits.cast_signed() >> 23) as f32;
+    let m = f32::from_bits((bits & 0x007f_ffff).wrapping_add(SQRT_HALF)) - 1.0;
+    // Cephes' polynomial for ln (1 + m).
+    let mut p = 7.037_683_6e-2;
+    p = p * m - 1.151_461e-1;
+    p = p * m + 1.167_699_9e-1;
+    p = p * m - 1.242_014_1e-1;
+    p = p * m + 1.424_932_3e-1;
+    p = p * m - 1.666_805_8e-1;
+    p = p * m + 2.000_071_5e-1;
+    p = p * m - 2.499_999_4e-1;
+    p = p * m + 3.333_333_1e-1;
+    let square = m * m;
+    let low = p * m * square + n * -2.121_944_4e-4 - 0.5 * square;
+    let value = m + low + n * 0.693_359_4;
+    if x.is_nan() { x } else { value }
+}
+
+/// 1 − e⁻ˣ for x ≥ 0, to a few units in the last place.
+#[inline(always)]
+pub(crate) fn one_minus_exp(x: f32) -> f32 {
+    // Its series where the difference would cancel.
+    let mut p = 1.0 - x * (1.0 / 8.0);
+    for n in [1.0 / 7.0, 1.0 / 6.0, 1.0 / 5.0, 1.0 / 4.0, 1.0 / 3.0, 1.0 / 2.0] {
+        p = 1.0 - x * n * p;
+    }
+    if x < 0.35 { x * p } else { 1.0 - exp(-x) }
+}
+
 /// Sum of `f` over the values, in sixteen lanes that are added in order at the end.
 #[inline(always)]
 pub(crate) fn sum_of(values: &[f32], f: impl Fn(f32) -> f32) -> f32 {
@@ -129,6 +164,19 @@ mod tests {
             assert!((sigmoid(x) - 1.0 / (1.0 + (-x).exp())).abs() < 3e-7, "{x}");
         }
         assert!(tanh(f32::NAN).is_nan() && sigmoid(f32::NAN).is_nan());
+    }
+
+    #[test]
+    fn ln_and_one_minus_exp_agree_with_f64() {
+        for i in 1..40_000 {
+            for x in [i as f32 * 1e-4, i as f32 * 1e-9, i as f32 * 1e7] {
+                let exact = f64::from(x).ln();
+                assert!((f64::from(ln(x)) - exact).abs() < 1.5e-7 * exact.abs().max(1.0), "{x}");
+                let exact = -(-f64::from(x)).exp_m1();
+                assert!((f64::from(one_minus_exp(x)) - exact).abs() < 4e-7 * exact, "{x}");
+            }
+        }
+        assert!(ln(f32::NAN).is_nan() && one_minus_exp(f32::NAN).is_nan());
     }
 
     #[test]

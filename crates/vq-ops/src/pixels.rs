@@ -76,12 +76,19 @@ struct PixelLikelihood {
     distribution: PixelDistribution,
 }
 
-/// One position at a time.
-trait Position: Sync {
-    /// `out` is \[nats, means …\].
-    fn forward(&self, params: &[f32], pixels: &[u8], out: &mut [f32]);
-    /// d nats / d params, times `grad`.
-    fn backward(&self, params: &[f32], pixels: &[u8], grad: f32, out: &mut [f32]);
+/// A few positions at a time, [`ROWS`] at most.
+trait Positions: Sync {
+    /// `out` is \[nats, means …\] of each.
+    fn forward(&self, params: &[f32], pixels: &[u8], channels: usize, out: &mut [f32]);
+    /// d nats / d params of each, times its `grad`; `out` is zero before.
+    fn backward(
+        &self,
+        params: &[f32],
+        pixels: &[u8],
+        channels: usize,
+        grad: &[f32],
+        out: &mut [f32],
+    );
 }
 
 /// Positions that a task takes.
@@ -137,7 +144,7 @@ impl CustomOp2 for PixelLikelihood {
     }
 }
 
-fn forward(position: &impl Position, params: &[f32], pixels: &[u8], channels: usize) -> Vec<f32> {
+fn forward(positions: &impl Positions, params: &[f32], pixels: &[u8], channels: usize) -> Vec<f32> {
     let rows = pixels.len() / channels.max(1);
     let (size, width) = (params.len() / rows.max(1), 1 + channels);
     let mut out = vec![0f32; rows * width];
@@ -146,19 +153,14 @@ fn forward(position: &impl Position, params: &[f32], pixels: &[u8], channels: us
         .zip(params.par_chunks(ROWS * size))
         .zip(pixels.par_chunks(ROWS * channels));
     tasks.for_each(|((out, params), pixels)| {
-        vectorized(|| {
-            let rows = out.chunks_exact_mut(width).zip(params.chunks_exact(size));
-            for ((out, params), pixels) in rows.zip(pixels.chunks_exact(channels)) {
-                position.forward(params, pixels, out);
-            }
-        });
+        vectorized(|| positions.forward(params, pixels, channels, out));
     });
     out
 }
 
 /// `given` is the pixels and the gradient of each position's nats.
 fn backward(
-    position: &impl Position,
+    positions: &impl Positions,
     params: &[f32],
     given: (&[u8], &[f32]),
     channels: usize,
@@ -171,13 +173,7 @@ fn backward(
         .zip(params.par_chunks(ROWS * size))
         .zip(pixels.par_chunks(ROWS * channels).zip(grad.par_chunks(ROWS)));
     tasks.for_each(|((out, params), (pixels, grad))| {
-        vectorized(|| {
-            let rows = out.chunks_exact_mut(size).zip(params.chunks_exact(size));
-            let given = pixels.chunks_exact(channels).zip(grad);
-            for ((out, params), (pixels, grad)) in rows.zip(given) {
-                position.backward(params, pixels, *grad, out);
-            }
-        });
+        vectorized(|| positions.backward(params, pixels, channels, grad, out));
     });
     out
 }
