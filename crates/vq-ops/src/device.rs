@@ -28,6 +28,8 @@ pub fn open_cuda(number: usize) -> Result<Device> {
             .downcast_ref::<String>()
             .map(String::as_str)
             .or_else(|| problem.downcast_ref::<&str>().copied());
+        // Of a missing library the bindings list some thirty names that it could have.
+        let text = text.and_then(|text| text.split(" - searched for").next());
         Err(Error::Msg(text.unwrap_or("CUDA's libraries cannot be opened").to_owned()))
     })
 }
