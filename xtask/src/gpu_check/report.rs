@@ -86,6 +86,9 @@ impl Report {
         } else if checks > 0 {
             parts.push(format!("all {checks} checks passed"));
         }
+        if speeds > unmeasured {
+            parts.push(format!("{} runs of the training loop timed", speeds - unmeasured));
+        }
         if unmeasured > 0 {
             parts.push(format!("{unmeasured} of {speeds} runs of the training loop failed"));
         }
@@ -181,7 +184,9 @@ mod tests {
         assert_eq!(report.verdict().unwrap(), "all 1 checks passed");
         report.check("bad", Err("1.0e0 (allowed 1e-4)".to_owned()));
         assert_eq!(report.verdict().unwrap_err(), "1 of 2 checks failed");
+        report.speed(speed(OURS, Ok(10.)));
+        assert!(report.verdict().unwrap_err().ends_with("; 1 runs of the training loop timed"));
         report.speed(speed(OURS, Err("memory".to_owned())));
-        assert!(report.verdict().unwrap_err().contains("1 of 1 runs of the training loop failed"));
+        assert!(report.verdict().unwrap_err().contains("1 of 2 runs of the training loop failed"));
     }
 }
