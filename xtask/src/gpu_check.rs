@@ -19,7 +19,7 @@ mod training;
 
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum};
 
 /// What `cargo xtask gpu-check` takes.
 #[derive(Args, Clone, Debug)]
@@ -28,8 +28,8 @@ pub struct Options {
     #[arg(long, default_value = "cuda", value_name = "DEVICE")]
     device: String,
     /// Leave out the checks, the speed, or PyTorch
-    #[arg(long, value_delimiter = ',', value_name = "checks|speed|pytorch")]
-    skip: Vec<String>,
+    #[arg(long, value_delimiter = ',', value_enum)]
+    skip: Vec<Stage>,
     /// Models whose training is timed
     #[arg(long, value_delimiter = ',', default_values_t = ["standard", "imagenet256"].map(String::from))]
     models: Vec<String>,
@@ -50,11 +50,12 @@ pub struct Options {
     out: Option<PathBuf>,
 }
 
-impl Options {
-    #[cfg(feature = "bench")]
-    fn does(&self, what: &str) -> bool {
-        self.skip.iter().all(|skipped| skipped != what)
-    }
+/// A part of the work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Stage {
+    Checks,
+    Speed,
+    Pytorch,
 }
 
 /// Why the device is not known to be good.
@@ -71,14 +72,9 @@ pub enum Error {
     /// There is no such device.
     #[error("there is no device to check: {0}")]
     Device(String),
-    /// Some checks failed.
-    #[error("{failed} of {all} checks failed; they are named above")]
-    Failed {
-        /// How many.
-        failed: usize,
-        /// Of how many.
-        all: usize,
-    },
+    /// Something was wrong or did not run.
+    #[error("{0}; each is named above with FAILED")]
+    Failed(String),
     /// The report could not be written.
     #[error("cannot write {}: {problem}", path.display())]
     Write {
@@ -95,26 +91,51 @@ pub fn run(options: &Options) -> Result<String, Error> {
     use report::{Report, say};
 
     let device = open(&options.device)?;
-    let mut report = Report::new(&options.device);
-    if options.does("checks") {
-        say("## Checks: the device beside the CPU\n");
+    let does = |stage| !options.skip.contains(&stage);
+    let mut report = Report::new(describe(&device, &options.device));
+    say(&report.title());
+    if does(Stage::Checks) {
+        say("\n## Checks: the device beside the CPU\n\n\
+             The largest difference of a result or a gradient, relative to that tensor's largest value, and\n\
+             in brackets what rounding in that format may make of it.\n");
         operations::check(&device, &mut report);
         training::check(&device, &mut report);
     }
-    if options.does("speed") {
-        say("\n## Training, images a second\n");
+    if does(Stage::Speed) {
+        say("\n## Training: the whole loop, with making the batches\n\n\
+             program                  model        format batch      images/s");
         speed::measure(&device, options, &mut report);
     }
-    if options.does("pytorch") {
-        say("\n## PyTorch, images a second\n");
+    if does(Stage::Pytorch) {
+        say("\n## PyTorch: the step alone, on images that lie on the device\n\n\
+             program                  model        format batch      images/s");
         pytorch::measure(options, &mut report);
-        say(&report.ratios());
+        if does(Stage::Speed) {
+            say(&report.ratios());
+        }
     }
+    say("");
     if let Some(folder) = &options.out {
         report.write(folder)?;
     }
-    let (failed, all) = report.checks();
-    if failed > 0 { Err(Error::Failed { failed, all }) } else { Ok(format!("{all} checks passed")) }
+    report.verdict().map_err(Error::Failed)
+}
+
+/// What was checked, for whoever reads the report later.
+#[cfg(feature = "bench")]
+fn describe(device: &candle_core::Device, name: &str) -> String {
+    #[cfg(feature = "cuda")]
+    if let candle_core::Device::Cuda(device) = device
+        && let Ok(model) = device.cuda_stream().context().name()
+    {
+        return format!("{name}, {model}");
+    }
+    if device.is_cpu() { format!("{name}, {} threads", threads()) } else { name.to_owned() }
+}
+
+#[cfg(feature = "bench")]
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get)
 }
 
 #[cfg(feature = "bench")]

@@ -116,15 +116,19 @@ pub(crate) fn name(device: &Device) -> String {
 }
 
 fn automatic() -> Device {
+    let mut problem = None;
     for (is_built, open) in
         [(cuda_is_available(), cuda as fn(usize) -> _), (metal_is_available(), |_| metal())]
     {
         if is_built {
             match open(0) {
                 Ok(device) => return device,
-                Err(error) => tracing::warn!("{}", error.one_line()),
+                Err(error) => problem = Some(error),
             }
         }
+    }
+    if let Some(error) = problem {
+        tracing::warn!("computing on the CPU: {}", error.one_line());
     }
     Device::Cpu
 }

@@ -34,15 +34,24 @@ impl Default for LoaderOptions {
     }
 }
 
-/// Images to train on or to judge by, on the CPU.
+/// Images to train on or to judge by.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// f32 `[B,C,H,W]`, normalised.
+    /// f32 `[B,C,H,W]`, normalised; on the [loader's device](Loader::on_device).
     pub images: Tensor,
-    /// u32 `[B]`; 0 where there are no classes.
+    /// u32 `[B]`, on the CPU; 0 where there are no classes.
     pub labels: Tensor,
     /// Which images of the dataset these are.
     pub indices: Vec<usize>,
+}
+
+/// What a batch holds, without the pixels.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Picks {
+    /// Which images of the dataset.
+    pub indices: Vec<usize>,
+    /// Which of these are mirrored left to right.
+    pub mirrored: Vec<bool>,
 }
 
 /// Makes the batches of a dataset, epoch by epoch.
@@ -55,6 +64,7 @@ pub struct Loader {
     normalization: Normalization,
     tables: Arc<[[f32; 256]]>,
     options: LoaderOptions,
+    device: Device,
     /// Threads of its own for costly reads: waiting for the global pool could wait for the very
     /// thread that waits for the batch.
     pool: Option<Arc<rayon::ThreadPool>>,
@@ -90,7 +100,15 @@ impl Loader {
             None
         };
         let tables = normalization.tables().into();
-        Ok(Self { dataset, normalization, tables, options, pool })
+        Ok(Self { dataset, normalization, tables, options, device: Device::Cpu, pool })
+    }
+
+    /// The same batches with their images on `device`: with [`LoaderOptions::prefetch`] they are copied
+    /// there ahead, by the thread that makes them.
+    #[must_use]
+    pub fn on_device(mut self, device: &Device) -> Self {
+        self.device = device.clone();
+        self
     }
 
     /// The dataset that the batches are made of.
@@ -121,13 +139,9 @@ impl Loader {
         let last = self.batches_per_epoch();
         let remaining = last.saturating_sub(first_batch);
         let stop = Arc::new(AtomicBool::new(false));
-        let mut worker = Worker {
-            loader: self.clone(),
-            epoch,
-            next: first_batch,
-            shuffled: None,
-            stop: stop.clone(),
-        };
+        let plan = None;
+        let mut worker =
+            Worker { loader: self.clone(), epoch, next: first_batch, plan, stop: stop.clone() };
         if self.options.prefetch == 0 || remaining == 0 {
             return Batches { remaining, feed: Feed::Inline(Box::new(worker)) };
         }
@@ -149,6 +163,49 @@ impl Loader {
             Err(error) => Feed::Failed(Error::Worker(error.to_string())),
         };
         Batches { remaining, feed }
+    }
+
+    /// What the batches of [`epoch`](Self::epoch) hold, for programs that have the pixels elsewhere.
+    pub fn picks(
+        &self,
+        epoch: u64,
+        first_batch: usize,
+    ) -> impl Iterator<Item = Picks> + Send + use<> {
+        let plan = Plan::new(self.dataset.len(), epoch, &self.options);
+        let size = self.options.batch_size;
+        (first_batch..self.batches_per_epoch()).map(move |number| {
+            let indices = plan.indices(number, size).to_vec();
+            let mirrored = indices.iter().map(|&index| plan.is_mirrored(index)).collect();
+            Picks { indices, mirrored }
+        })
+    }
+}
+
+/// The order of an epoch and its flips.
+struct Plan {
+    order: Vec<usize>,
+    /// One bit per image; none where nothing is flipped.
+    flips: Vec<u32>,
+}
+
+impl Plan {
+    fn new(len: usize, epoch: u64, options: &LoaderOptions) -> Self {
+        let seed = options.seed;
+        let order =
+            if options.shuffle { permutation(len, seed, epoch) } else { (0..len).collect() };
+        let flips = if options.flip { coin_flips(len, seed, epoch) } else { Vec::new() };
+        Self { order, flips }
+    }
+
+    /// The images of a batch.
+    fn indices(&self, number: usize, batch_size: usize) -> &[usize] {
+        let start = number * batch_size;
+        let end = (start + batch_size).min(self.order.len());
+        self.order.get(start..end).unwrap_or_default()
+    }
+
+    fn is_mirrored(&self, index: usize) -> bool {
+        self.flips.get(index / 32).is_some_and(|word| word >> (index % 32) & 1 == 1)
     }
 }
 
@@ -221,8 +278,8 @@ struct Worker {
     loader: Loader,
     epoch: u64,
     next: usize,
-    /// The epoch's order and flips, once they are needed.
-    shuffled: Option<(Vec<usize>, Vec<u32>)>,
+    /// Once it is needed.
+    plan: Option<Plan>,
     stop: Arc<AtomicBool>,
 }
 
@@ -236,20 +293,9 @@ impl Worker {
     }
 
     fn make_batch(&mut self) -> Result<Batch, Error> {
-        let Loader { dataset, tables, options, pool, .. } = &self.loader;
-        let (len, seed) = (dataset.len(), options.seed);
-        let (order, flips) = self.shuffled.get_or_insert_with(|| {
-            let order = if options.shuffle {
-                permutation(len, seed, self.epoch)
-            } else {
-                (0..len).collect()
-            };
-            let flips = if options.flip { coin_flips(len, seed, self.epoch) } else { Vec::new() };
-            (order, flips)
-        });
-        let start = self.next * options.batch_size;
-        let end = (start + options.batch_size).min(len);
-        let indices = order.get(start..end).unwrap_or_default().to_vec();
+        let Loader { dataset, tables, options, device, pool, .. } = &self.loader;
+        let plan = self.plan.get_or_insert_with(|| Plan::new(dataset.len(), self.epoch, options));
+        let indices = plan.indices(self.next, options.batch_size).to_vec();
         self.next += 1;
 
         let shape = dataset.shape();
@@ -261,8 +307,7 @@ impl Worker {
                 return Err(Error::Worker("it was stopped".to_owned()));
             }
             dataset.read(index, scratch)?;
-            let flip = flips.get(index / 32).is_some_and(|word| word >> (index % 32) & 1 == 1);
-            normalize(scratch, out, shape.width, tables, flip);
+            normalize(scratch, out, shape.width, tables, plan.is_mirrored(index));
             Ok(())
         };
         if let Some(pool) = pool {
@@ -283,11 +328,12 @@ impl Worker {
         let count = indices.len();
         let shape = (count, shape.channels, shape.height, shape.width);
         let labels: Vec<u32> = indices.iter().map(|&index| dataset.label(index)).collect();
-        Ok(Batch {
-            images: Tensor::from_vec(images, shape, &Device::Cpu)?,
-            labels: Tensor::from_vec(labels, count, &Device::Cpu)?,
-            indices,
-        })
+        let images = Tensor::from_vec(images, shape, device)?;
+        if !device.is_cpu() {
+            // Each thread has a queue of its own on CUDA: whoever takes the batch must find it there.
+            device.synchronize()?;
+        }
+        Ok(Batch { images, labels: Tensor::from_vec(labels, count, &Device::Cpu)?, indices })
     }
 }
 

@@ -44,7 +44,7 @@ impl Normalization {
     }
 
     /// What each of the 256 pixel values becomes, per channel.
-    pub(crate) fn tables(&self) -> Vec<[f32; 256]> {
+    pub fn tables(&self) -> Vec<[f32; 256]> {
         self.mean
             .iter()
             .zip(&self.std)

@@ -5,31 +5,31 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use common::{images, model, small, two_levels, values};
 use vq_model::{CodebookRule, Config, LevelConfig, QuantizerConfig, VqVae};
 
 #[test]
 fn the_standard_model_has_695491_parameters_and_no_block_shares_weights() {
-    let model = VqVae::new(&Config::default(), 0, &Device::Cpu).unwrap();
+    let model = VqVae::new(&Config::default(), 0, &vq_ops::test_device()).unwrap();
     assert_eq!(parameter_count(&model), 695_491);
     let mut config = Config::default();
     config.levels[0].quantizer.rule = CodebookRule::Ema;
-    let model = VqVae::new(&config, 0, &Device::Cpu).unwrap();
+    let model = VqVae::new(&config, 0, &vq_ops::test_device()).unwrap();
     assert_eq!(parameter_count(&model), 695_491 - 512 * 64);
     assert_eq!(values(&model.codebook(0).unwrap()).len(), 512 * 64);
 }
 
 #[test]
 fn the_standard_model_takes_45_6_million_multiply_adds() {
-    let model = VqVae::new(&Config::default(), 0, &Device::Cpu).unwrap();
+    let model = VqVae::new(&Config::default(), 0, &vq_ops::test_device()).unwrap();
     assert_eq!(model.multiply_adds().unwrap(), 45_613_056);
     assert!((Config::default().bits_per_image() - 576.0).abs() < 1e-9);
 }
 
 #[test]
 fn the_standard_models_layers_are_sonnets() {
-    let model = VqVae::new(&Config::default(), 0, &Device::Cpu).unwrap();
+    let model = VqVae::new(&Config::default(), 0, &vq_ops::test_device()).unwrap();
     let shape = |name: &str| model.parameters()[&format!("levels.0.{name}")].dims().to_vec();
     assert_eq!(shape("encoder.0.weight"), [64, 3, 4, 4]);
     assert_eq!(shape("encoder.1.weight"), [128, 64, 4, 4]);
@@ -67,7 +67,7 @@ fn every_depth_width_and_number_of_levels_gives_back_images_of_the_same_size() {
                 levels: downsamples.iter().map(level).collect(),
                 ..Config::default()
             };
-            let model = VqVae::new(&config, 1, &Device::Cpu).unwrap();
+            let model = VqVae::new(&config, 1, &vq_ops::test_device()).unwrap();
             let images = images(&config, 2, 0);
             let output = model.forward(&images).unwrap();
             assert_eq!(output.reconstruction.dims(), images.dims(), "{downsamples:?}");
@@ -90,7 +90,7 @@ fn every_depth_width_and_number_of_levels_gives_back_images_of_the_same_size() {
 
 #[test]
 fn parameters_start_as_pytorchs_whatever_else_is_in_the_model() {
-    let model = VqVae::new(&Config::default(), 3, &Device::Cpu).unwrap();
+    let model = VqVae::new(&Config::default(), 3, &vq_ops::test_device()).unwrap();
     // fan-in: 64·4·4; PyTorch counts the output channels of a transposed convolution, 3·4·4.
     for (name, fan_in) in [
         ("encoder.1.weight", 64 * 16),
@@ -117,7 +117,9 @@ fn parameters_start_as_pytorchs_whatever_else_is_in_the_model() {
     config.levels[0].quantizer.codebook_size = 64;
     config.levels.push(LevelConfig { downsample: 2, ..LevelConfig::default() });
     let name = "levels.0.encoder.2.weight";
-    let start = |seed| values(&VqVae::new(&config, seed, &Device::Cpu).unwrap().parameters()[name]);
+    let start = |seed| {
+        values(&VqVae::new(&config, seed, &vq_ops::test_device()).unwrap().parameters()[name])
+    };
     assert_eq!(start(3), values(&model.parameters()[name]));
     assert_ne!(start(4), start(3));
 }
@@ -128,7 +130,7 @@ fn a_residual_block_with_zero_weights_is_the_identity() {
     config.levels[0].residual_blocks = 0;
     let without = model(&config, 5);
     config.levels[0].residual_blocks = 2;
-    let with = VqVae::new(&config, 9, &Device::Cpu).unwrap();
+    let with = VqVae::new(&config, 9, &vq_ops::test_device()).unwrap();
     // The blocks stand before the transposed convolution in the decoder and shift its number.
     let renumbered = |name: &str| name.replace("decoder.1.", "decoder.3.");
     let mut tensors: BTreeMap<String, Tensor> =
@@ -148,7 +150,7 @@ fn a_config_out_of_range_is_refused_with_the_key() {
     let message = |change: fn(&mut Config)| {
         let mut config = two_levels();
         change(&mut config);
-        let error = VqVae::new(&config, 0, &Device::Cpu).unwrap_err();
+        let error = VqVae::new(&config, 0, &vq_ops::test_device()).unwrap_err();
         error.to_string()
     };
     for (expected, got) in [

@@ -7,7 +7,7 @@
 
 mod common;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use common::{bits, images, model, small, small_with, uniform, values};
 use vq_model::{
     CodebookRule, CodebookUpdate, Codes, Config, GradientEstimator, QuantizerConfig, VqVae,
@@ -38,7 +38,7 @@ fn an_update_uses_the_codes_that_were_assigned_before_it() {
     let model = ema_model(0.5, 1e-5);
     let start = values(&model.codebook(0).unwrap());
     let z = uniform(0, &[32, 6], 1.0);
-    let codes = Codes { levels: vec![Tensor::full(3u32, 32, &Device::Cpu).unwrap()] };
+    let codes = Codes { levels: vec![Tensor::full(3u32, 32, &vq_ops::test_device()).unwrap()] };
     model
         .update_codebooks(std::slice::from_ref(&z), &codes, &CodebookUpdate::default(), 0)
         .unwrap();
@@ -55,8 +55,9 @@ fn a_code_that_is_not_hit_does_not_move() {
     let model = ema_model(0.99, 1e-5);
     let start = values(&model.codebook(0).unwrap());
     let z = uniform(0, &[32, 6], 1.0);
-    let codes =
-        Codes { levels: vec![Tensor::zeros(32, candle_core::DType::U32, &Device::Cpu).unwrap()] };
+    let codes = Codes {
+        levels: vec![Tensor::zeros(32, candle_core::DType::U32, &vq_ops::test_device()).unwrap()],
+    };
     for step in 0..3000 {
         model
             .update_codebooks(std::slice::from_ref(&z), &codes, &CodebookUpdate::default(), step)
@@ -67,7 +68,7 @@ fn a_code_that_is_not_hit_does_not_move() {
     let mean = values(&z.mean(0).unwrap());
     assert!(after[..6].iter().zip(mean).all(|(e, mean)| (e - mean).abs() < 1e-4));
     // A code that comes back after its N has all but vanished is finite and lands on its vectors.
-    let codes = Codes { levels: vec![Tensor::full(5u32, 32, &Device::Cpu).unwrap()] };
+    let codes = Codes { levels: vec![Tensor::full(5u32, 32, &vq_ops::test_device()).unwrap()] };
     model
         .update_codebooks(std::slice::from_ref(&z), &codes, &CodebookUpdate::default(), 3000)
         .unwrap();
@@ -108,14 +109,14 @@ fn averages_start_consistent_so_that_the_codebook_is_m_over_n() {
         }
     };
     let config = small_with(CodebookRule::Ema, GradientEstimator::StraightThrough);
-    let fresh = VqVae::new(&config, 0, &Device::Cpu).unwrap();
+    let fresh = VqVae::new(&config, 0, &vq_ops::test_device()).unwrap();
     check(&fresh, "fresh");
     assert_eq!(buffer(&fresh, "usage"), [1.0; 16]);
     check(&model(&config, 0), "after k-means");
     let model = ema_model(0.9, 1e-5);
     let z = uniform(0, &[64, 6], 1.0);
     let options = CodebookUpdate { revive_threshold: 0.9, seed: 1 };
-    let codes = Codes { levels: vec![Tensor::full(3u32, 64, &Device::Cpu).unwrap()] };
+    let codes = Codes { levels: vec![Tensor::full(3u32, 64, &vq_ops::test_device()).unwrap()] };
     let report = model.update_codebooks(&[z], &codes, &options, 0).unwrap();
     assert_eq!(report[0].revived.len(), 15);
     check(&model, "after revival");
@@ -125,12 +126,13 @@ fn averages_start_consistent_so_that_the_codebook_is_m_over_n() {
 fn revival_resets_embedding_and_averages_onto_distinct_vectors_of_the_batch_and_reports_the_rows() {
     for rule in [CodebookRule::Gradient, CodebookRule::Ema] {
         let config = small_with(rule, GradientEstimator::StraightThrough);
-        let model = VqVae::new(&config, 0, &Device::Cpu).unwrap();
+        let model = VqVae::new(&config, 0, &vq_ops::test_device()).unwrap();
         let start = values(&model.codebook(0).unwrap());
         let z = uniform(0, &[160, 6], 1.0);
         // Codes 0 and 1 share all vectors; N of the others falls to 0.99 of 1, the mean is 10.
         let codes: Vec<u32> = (0..160).map(|i| i % 2).collect();
-        let codes = Codes { levels: vec![Tensor::from_vec(codes, 160, &Device::Cpu).unwrap()] };
+        let codes =
+            Codes { levels: vec![Tensor::from_vec(codes, 160, &vq_ops::test_device()).unwrap()] };
         let options = CodebookUpdate { revive_threshold: 0.1, seed: 1 };
         let report = model
             .update_codebooks(std::slice::from_ref(&z), &codes, &options, 7)
@@ -172,7 +174,8 @@ fn the_revival_threshold_is_relative_to_tokens_per_step_over_k() {
         let codes: Vec<u32> = (0..16u32).flat_map(|c| vec![c; c as usize]).collect();
         let codes: Vec<u32> = codes.repeat(repeats);
         let count = codes.len();
-        let codes = Codes { levels: vec![Tensor::from_vec(codes, count, &Device::Cpu).unwrap()] };
+        let codes =
+            Codes { levels: vec![Tensor::from_vec(codes, count, &vq_ops::test_device()).unwrap()] };
         let z = uniform(0, &[count, 6], 1.0);
         let options = CodebookUpdate { revive_threshold: threshold, seed: 0 };
         model.update_codebooks(&[z], &codes, &options, 0).unwrap().remove(0).revived
@@ -205,7 +208,9 @@ fn revival_depends_on_seed_and_step_alone() {
         let model = ema_model(0.9, 1e-5);
         let z = uniform(0, &[64, 6], 1.0);
         let codes = Codes {
-            levels: vec![Tensor::zeros(64, candle_core::DType::U32, &Device::Cpu).unwrap()],
+            levels: vec![
+                Tensor::zeros(64, candle_core::DType::U32, &vq_ops::test_device()).unwrap(),
+            ],
         };
         let options = CodebookUpdate { revive_threshold: 0.9, seed };
         model.update_codebooks(&[z], &codes, &options, step).unwrap();
@@ -238,7 +243,7 @@ fn cosine_codes_are_renormalised_after_an_update() {
 fn kmeans_finds_clusters_and_every_code_is_in_use() {
     for rule in [CodebookRule::Gradient, CodebookRule::Ema] {
         let config = small_with(rule, GradientEstimator::StraightThrough);
-        let model = VqVae::new(&config, 0, &Device::Cpu).unwrap();
+        let model = VqVae::new(&config, 0, &vq_ops::test_device()).unwrap();
         assert!(!model.codebooks_initialized().unwrap());
         // 32 clumps of 16 vectors for 16 codes.
         let clumps = uniform(0, &[32, 1, 6], 1.0);
@@ -267,17 +272,17 @@ fn kmeans_finds_clusters_and_every_code_is_in_use() {
 
 #[test]
 fn kmeans_takes_pools_with_fewer_different_vectors_than_codes() {
-    let model = VqVae::new(&small(), 0, &Device::Cpu).unwrap();
+    let model = VqVae::new(&small(), 0, &vq_ops::test_device()).unwrap();
     for pool in [
-        Tensor::ones((100, 6), candle_core::DType::F32, &Device::Cpu).unwrap(),
-        Tensor::zeros((100, 6), candle_core::DType::F32, &Device::Cpu).unwrap(),
+        Tensor::ones((100, 6), candle_core::DType::F32, &vq_ops::test_device()).unwrap(),
+        Tensor::zeros((100, 6), candle_core::DType::F32, &vq_ops::test_device()).unwrap(),
         uniform(0, &[1, 6], 1.0),
     ] {
         model.initialize_codebooks(&[pool], 5, 0).unwrap();
         assert!(values(&model.codebook(0).unwrap()).iter().all(|e| e.is_finite()));
         assert!(buffer(&model, "usage").iter().all(|&n| n >= 1.0));
     }
-    let nan = Tensor::full(f32::NAN, (10, 6), &Device::Cpu).unwrap();
+    let nan = Tensor::full(f32::NAN, (10, 6), &vq_ops::test_device()).unwrap();
     let before = bits(&model);
     assert!(model.initialize_codebooks(&[nan], 5, 0).is_err());
     assert!(model.initialize_codebooks(&[], 5, 0).is_err());
@@ -290,7 +295,7 @@ fn ema_model(decay: f64, epsilon: f64) -> VqVae {
     let mut config: Config = small_with(CodebookRule::Ema, GradientEstimator::StraightThrough);
     config.levels[0].quantizer.decay = decay;
     config.levels[0].quantizer.epsilon = epsilon;
-    VqVae::new(&config, 0, &Device::Cpu).unwrap()
+    VqVae::new(&config, 0, &vq_ops::test_device()).unwrap()
 }
 
 /// The codes of z `[N,D]`.

@@ -7,7 +7,7 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{Result, Tensor, Var};
 use vq_model::{
     CodebookRule, CodebookUpdate, Config, GradientEstimator, LevelConfig, QuantizerConfig, VqVae,
 };
@@ -111,7 +111,7 @@ fn load(
 ) -> VqVae {
     let mut config = config.clone();
     config.levels.iter_mut().for_each(|level| level.quantizer.rule = rule);
-    let model = VqVae::new(&config, 0, &Device::Cpu).unwrap();
+    let model = VqVae::new(&config, 0, &vq_ops::test_device()).unwrap();
     // What the file does not hold: usage and the flag. With `ema`, m = e at the start.
     let mut tensors: BTreeMap<String, Tensor> =
         model.tensors().into_iter().map(|(name, tensor)| (name, tensor.copy().unwrap())).collect();
@@ -160,7 +160,7 @@ fn ema_config() -> Config {
 
 fn golden() -> BTreeMap<String, Tensor> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/golden.safetensors");
-    candle_core::safetensors::load(path, &Device::Cpu).unwrap().into_iter().collect()
+    candle_core::safetensors::load(path, &vq_ops::test_device()).unwrap().into_iter().collect()
 }
 
 fn assert_close(what: &str, ours: &Tensor, theirs: &Tensor) -> f32 {

@@ -7,7 +7,7 @@
 
 mod common;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use common::{images, model, scalar, small, small_with, two_levels, uniform, values};
 use vq_model::{CodebookRule, Config, GradientEstimator, VqVae, rotation, straight_through};
 
@@ -151,7 +151,7 @@ fn rotation_is_finite_for_zero_vectors_and_opposite_codes() {
     ];
     let flatten = |pick: fn(&Row) -> [f32; 3]| {
         let values: Vec<f32> = rows.iter().flat_map(pick).collect();
-        Tensor::from_vec(values, (rows.len(), 3), &Device::Cpu).unwrap()
+        Tensor::from_vec(values, (rows.len(), 3), &vq_ops::test_device()).unwrap()
     };
     let (z, e) = (Var::from_tensor(&flatten(|row| row.0)).unwrap(), flatten(|row| row.1));
     let z_q = rotation(&z, &e).unwrap();
@@ -277,7 +277,8 @@ fn cosine_codes_compare_directions_and_take_the_losses_in_the_normalised_space()
         for (g, z) in values(gradients.get(&z_e).unwrap()).chunks(6).zip(values(&z_e).chunks(6)) {
             assert!(dot(g, z).abs() < 1e-4 * norm(g) * norm(z) + 1e-9);
         }
-        let zeros = Var::zeros((1, 1, 2, 6), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let zeros =
+            Var::zeros((1, 1, 2, 6), candle_core::DType::F32, &vq_ops::test_device()).unwrap();
         let loss = quantizer.quantize(&zeros).unwrap().commitment_loss;
         let gradients = loss.backward().unwrap();
         assert!(values(gradients.get(&zeros).unwrap()).iter().all(|g| g.is_finite()));

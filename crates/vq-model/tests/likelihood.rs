@@ -8,7 +8,9 @@ use candle_core::{D, DType, Device, Tensor, Var};
 use common::values;
 use vq_model::{Config, Error, Likelihood, PixelDistribution, VqVae};
 
-const CPU: &Device = &Device::Cpu;
+fn device() -> Device {
+    vq_ops::test_device()
+}
 
 /// f32 sums of 256 powers, or of a few logarithms: off by some 1e-6 of the largest value.
 const TOLERANCE: f32 = 1e-5;
@@ -16,7 +18,7 @@ const TOLERANCE: f32 = 1e-5;
 #[test]
 fn distributions_agree_with_pytorch() {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/likelihood.safetensors");
-    let golden = candle_core::safetensors::load(path, CPU).unwrap();
+    let golden = candle_core::safetensors::load(path, &device()).unwrap();
     for (case, distribution) in [
         ("categorical", PixelDistribution::Categorical),
         ("mixture", PixelDistribution::LogisticMixture { mixtures: 5 }),
@@ -57,7 +59,7 @@ fn config(likelihood: Likelihood) -> Config {
 /// Pixels in [0, 1] that are multiples of 1/255.
 fn pixels() -> Tensor {
     let values = (0..2 * 3 * 64).map(|i| (i * 37 % 256) as f32 / 255.0).collect();
-    Tensor::from_vec(values, (2, 3, 8, 8), CPU).unwrap()
+    Tensor::from_vec(values, (2, 3, 8, 8), &device()).unwrap()
 }
 
 const BOTH: [Likelihood; 2] = [Likelihood::Categorical, Likelihood::LogisticMixture];
@@ -66,7 +68,7 @@ const BOTH: [Likelihood; 2] = [Likelihood::Categorical, Likelihood::LogisticMixt
 fn the_models_likelihood_is_that_of_the_pixels_under_what_it_decodes() {
     for likelihood in BOTH {
         let config = config(likelihood);
-        let model = VqVae::new(&config, 3, CPU).unwrap();
+        let model = VqVae::new(&config, 3, &device()).unwrap();
         let images = config.normalization.normalize(&pixels()).unwrap();
         let output = model.evaluate(&images).unwrap();
         let nats = output.nats.unwrap();
@@ -96,7 +98,7 @@ fn the_models_likelihood_is_that_of_the_pixels_under_what_it_decodes() {
 #[test]
 fn the_gradient_reaches_every_parameter_of_the_network() {
     for likelihood in BOTH {
-        let model = VqVae::new(&config(likelihood), 3, CPU).unwrap();
+        let model = VqVae::new(&config(likelihood), 3, &device()).unwrap();
         let images = model.config().normalization.normalize(&pixels()).unwrap();
         let output = model.forward(&images).unwrap();
         assert!(!output.reconstruction.track_op());
@@ -116,10 +118,10 @@ fn the_gradient_reaches_every_parameter_of_the_network() {
 #[test]
 fn a_model_with_a_likelihood_is_stored_and_read() {
     for likelihood in BOTH {
-        let model = VqVae::new(&config(likelihood), 3, CPU).unwrap();
+        let model = VqVae::new(&config(likelihood), 3, &device()).unwrap();
         let folder = tempfile::tempdir().unwrap();
         model.save(folder.path()).unwrap();
-        let read = VqVae::from_pretrained(folder.path(), CPU).unwrap();
+        let read = VqVae::from_pretrained(folder.path(), &device()).unwrap();
         assert_eq!(read.config(), model.config());
         let images = model.config().normalization.normalize(&pixels()).unwrap();
         let nats = |model: &VqVae| values(&model.evaluate(&images).unwrap().nats.unwrap());
@@ -129,7 +131,7 @@ fn a_model_with_a_likelihood_is_stored_and_read() {
 
 #[test]
 fn a_model_without_one_says_what_to_do() {
-    let model = VqVae::new(&config(Likelihood::Mse), 3, CPU).unwrap();
+    let model = VqVae::new(&config(Likelihood::Mse), 3, &device()).unwrap();
     let images = model.config().normalization.normalize(&pixels()).unwrap();
     let output = model.evaluate(&images).unwrap();
     assert!(output.nats.is_none());
@@ -144,7 +146,7 @@ fn a_model_without_one_says_what_to_do() {
 #[test]
 fn activations_count_the_distributions_numbers() {
     let activations =
-        |likelihood| VqVae::new(&config(likelihood), 0, CPU).unwrap().activations().unwrap();
+        |likelihood| VqVae::new(&config(likelihood), 0, &device()).unwrap().activations().unwrap();
     let (mse, categorical) = (activations(Likelihood::Mse), activations(Likelihood::Categorical));
     // The logits and their gradient, at every pixel.
     assert!(categorical >= mse + 2 * 64 * 768, "{mse} {categorical}");
@@ -154,8 +156,8 @@ fn activations_count_the_distributions_numbers() {
 #[test]
 fn a_mixture_of_one_narrow_component_decodes_to_its_mean() {
     let params: Vec<f32> = [&[0.3][..], &[0.5, -0.5, 0.0], &[-6.0; 3], &[0.0; 3]].concat();
-    let params = Tensor::from_vec(params, (1, 10), CPU).unwrap();
-    let pixels = Tensor::zeros((1, 3), DType::U8, CPU).unwrap();
+    let params = Tensor::from_vec(params, (1, 10), &device()).unwrap();
+    let pixels = Tensor::zeros((1, 3), DType::U8, &device()).unwrap();
     let distribution = PixelDistribution::LogisticMixture { mixtures: 1 };
     let judged = vq_ops::pixel_likelihood(&params, &pixels, distribution).unwrap();
     let means = values(&judged.narrow(D::Minus1, 1, 3).unwrap());

@@ -4,7 +4,6 @@
 
 mod common;
 
-use candle_core::Device;
 use common::{images, small_of};
 use vq_model::{QuantizerConfig, TrainingStep, VqVae};
 
@@ -18,7 +17,7 @@ fn peak_bytes() -> u64 {
 /// Forward, backward, evaluation, encoding and decoding.
 fn step(quantizer: &QuantizerConfig) {
     let config = small_of(quantizer);
-    let model = VqVae::new(&config, 0, &Device::Cpu).unwrap();
+    let model = VqVae::new(&config, 0, &vq_ops::test_device()).unwrap();
     let images = images(&config, 4, 0);
     let output = model.forward_training(&images, TrainingStep::default()).unwrap();
     let mut loss = output.reconstruction.sqr().unwrap().mean_all().unwrap();

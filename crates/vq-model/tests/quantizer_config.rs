@@ -3,7 +3,6 @@
 
 mod common;
 
-use candle_core::Device;
 use common::{every_quantizer, small_of};
 use vq_model::{CodebookRule, Config, QuantizerConfig, QuantizerKind, VqVae};
 
@@ -13,7 +12,7 @@ fn read(json: &str) -> Result<QuantizerConfig, String> {
 
 /// What `validate` says of it.
 fn problem(config: &QuantizerConfig) -> String {
-    VqVae::new(&small_of(config), 0, &Device::Cpu).unwrap_err().to_string()
+    VqVae::new(&small_of(config), 0, &vq_ops::test_device()).unwrap_err().to_string()
 }
 
 #[test]
@@ -40,7 +39,7 @@ fn every_kind_has_a_valid_default_of_512_codes_and_its_own_keys_alone() {
         let config = read(&format!(r#"{{"kind": "{}"}}"#, kind.name())).unwrap();
         assert_eq!(config, QuantizerConfig::of(kind));
         assert_eq!(config.codebook_size, 512, "{kind:?}");
-        VqVae::new(&small_of(&config), 0, &Device::Cpu).unwrap();
+        VqVae::new(&small_of(&config), 0, &vq_ops::test_device()).unwrap();
         let written = serde_json::to_value(&config).unwrap();
         let keys: Vec<&String> = written.as_object().unwrap().keys().collect();
         assert!(keys.iter().all(|key| *key == "kind" || kind.has_key(key)), "{keys:?}");

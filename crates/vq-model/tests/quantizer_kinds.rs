@@ -9,7 +9,7 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{DType, Tensor, Var};
 use common::{codes, every_quantizer, images, model, scalar, small_of, uniform, values};
 use proptest::prelude::*;
 use vq_model::{
@@ -24,7 +24,7 @@ fn of(kind: QuantizerKind, codebook_size: usize, dim: usize) -> QuantizerConfig 
 }
 
 fn fresh(config: &QuantizerConfig) -> VqVae {
-    VqVae::new(&small_of(config), 0, &Device::Cpu).unwrap()
+    VqVae::new(&small_of(config), 0, &vq_ops::test_device()).unwrap()
 }
 
 #[test]
@@ -246,7 +246,7 @@ fn finite_scalars_fill_their_range_and_never_leave_it() {
         let count = ramp.len();
         let far = [f32::MAX, -f32::MAX, 1e20, -1e20];
         let ramp: Vec<f32> = ramp.into_iter().chain(far).collect();
-        let z = Tensor::from_vec(ramp, (1, 1, count + 4, 1), &Device::Cpu).unwrap();
+        let z = Tensor::from_vec(ramp, (1, 1, count + 4, 1), &vq_ops::test_device()).unwrap();
         let found = codes(&quantizer.encode(&z).unwrap());
         assert!(found[..count].is_sorted(), "{levels}");
         assert_eq!((found[0], found[count - 1]), (0, levels as u32 - 1), "{levels}");
@@ -272,7 +272,7 @@ fn signs_are_the_nearest_codes_and_spherical_ones_have_length_1() {
     {
         let model = fresh(&config);
         let quantizer = model.quantizer(0).unwrap();
-        let all = Tensor::arange(0u32, 32, &Device::Cpu).unwrap();
+        let all = Tensor::arange(0u32, 32, &vq_ops::test_device()).unwrap();
         let book = values(&quantizer.decode(&all).unwrap());
         for e in book.chunks(5) {
             let length = e.iter().map(|v| v * v).sum::<f32>().sqrt();
@@ -288,7 +288,7 @@ fn signs_are_the_nearest_codes_and_spherical_ones_have_length_1() {
             assert_eq!(best, Some(code as usize));
         }
         // Zero is not above zero.
-        let zeros = Tensor::zeros((1, 1, 1, 5), DType::F32, &Device::Cpu).unwrap();
+        let zeros = Tensor::zeros((1, 1, 1, 5), DType::F32, &vq_ops::test_device()).unwrap();
         assert_eq!(codes(&quantizer.encode(&zeros).unwrap()), [0]);
         // The commitment is taken in the space of the codes.
         let quantized = quantizer.quantize(&z).unwrap();

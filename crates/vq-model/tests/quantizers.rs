@@ -7,7 +7,7 @@
 
 mod common;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use common::{bits, codes, every_quantizer, images, model, scalar, small_of, uniform, values};
 use proptest::prelude::*;
 use vq_model::{CodebookUpdate, Codes, Config, Quantized, QuantizerConfig, TrainingStep, VqVae};
@@ -194,7 +194,7 @@ fn a_saved_model_of_every_quantizer_loads_to_the_bit_and_goes_on_alike() {
         };
         step(&model, 1);
         model.save(folder.path()).unwrap();
-        let loaded = VqVae::from_pretrained(folder.path(), &Device::Cpu).unwrap();
+        let loaded = VqVae::from_pretrained(folder.path(), &vq_ops::test_device()).unwrap();
         assert_eq!(loaded.config(), model.config());
         assert_eq!(bits(&loaded), bits(&model));
         assert!(loaded.codebooks_initialized().unwrap());
@@ -212,7 +212,8 @@ fn a_vector_that_is_not_finite_is_an_error_and_not_code_0() {
         for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
             let mut row = vec![0.5; quantizer.dim * 4];
             row[quantizer.dim * 2] = value;
-            let z = Tensor::from_vec(row, (1, 2, 2, quantizer.dim), &Device::Cpu).unwrap();
+            let z =
+                Tensor::from_vec(row, (1, 2, 2, quantizer.dim), &vq_ops::test_device()).unwrap();
             assert!(model.quantizer(0).unwrap().encode(&z).is_err(), "{quantizer:?} {value}");
             assert!(model.quantizer(0).unwrap().quantize(&z).is_err(), "{quantizer:?} {value}");
         }
@@ -233,7 +234,7 @@ fn vectors_and_codes_of_the_wrong_shape_and_codes_out_of_range_are_refused() {
             assert!(message.contains(part), "{quantizer:?}: {message}");
         };
         let size = quantizer.codebook_size as u32;
-        let high = Tensor::full(size, codes.levels[0].dims(), &Device::Cpu).unwrap();
+        let high = Tensor::full(size, codes.levels[0].dims(), &vq_ops::test_device()).unwrap();
         refused(high.clone(), &format!("code {size} of level 0 is out of range"));
         assert!(model.quantizer(0).unwrap().decode(&high).is_err());
         refused(codes.levels[0].flatten_all().unwrap(), "must be u32 [B, h, w");
@@ -257,9 +258,9 @@ fn all_codes_of_an_implicit_codebook_are_distinct_and_come_back_as_themselves() 
         QuantizerConfig::binary_spherical(18),
     ]) {
         let size = config.codebook_size;
-        let all = Tensor::arange(0u32, size as u32, &Device::Cpu).unwrap();
+        let all = Tensor::arange(0u32, size as u32, &vq_ops::test_device()).unwrap();
         let all = all.reshape((1, 1, size)).unwrap();
-        let model = VqVae::new(&small_of(&config), 0, &Device::Cpu).unwrap();
+        let model = VqVae::new(&small_of(&config), 0, &vq_ops::test_device()).unwrap();
         let quantizer = model.quantizer(0).unwrap();
         assert!(quantizer.codebooks().unwrap().is_empty());
         assert!(model.codebook(0).unwrap_err().to_string().contains("0 codebooks"));
@@ -301,7 +302,7 @@ fn towards(config: &QuantizerConfig, vectors: &Tensor) -> Tensor {
         (target.atanh() - shift) as f32
     };
     let z: Vec<f32> = values(vectors).iter().enumerate().map(inverse).collect();
-    Tensor::from_vec(z, vectors.dims(), &Device::Cpu).unwrap()
+    Tensor::from_vec(z, vectors.dims(), &vq_ops::test_device()).unwrap()
 }
 
 #[test]
@@ -321,7 +322,7 @@ fn a_codebook_holds_what_decode_gives() {
                 let mut chosen = vec![0; count];
                 chosen[index] = code;
                 let shape = if count > 1 { vec![1, 1, 1, count] } else { vec![1, 1, 1] };
-                let chosen = Tensor::from_vec(chosen, shape, &Device::Cpu).unwrap();
+                let chosen = Tensor::from_vec(chosen, shape, &vq_ops::test_device()).unwrap();
                 let vector = values(&quantizer.decode(&chosen).unwrap());
                 let row = |of: &Tensor, code: usize| values(&of.get(code).unwrap());
                 let expected: Vec<f32> = if config.kind.has_key("stages") {
@@ -359,7 +360,7 @@ fn total(quantized: &Quantized) -> Tensor {
 fn the_low_dimensional_lookup_is_the_encoders_last_and_the_decoders_first_convolution() {
     let mut config = Config::default();
     config.levels[0].quantizer.dim = 8;
-    let model = VqVae::new(&config, 0, &Device::Cpu).unwrap();
+    let model = VqVae::new(&config, 0, &vq_ops::test_device()).unwrap();
     let shape = |name: &str| model.parameters()[&format!("levels.0.{name}")].dims().to_vec();
     assert_eq!(shape("projection.weight"), [8, 128, 1, 1]);
     assert_eq!(shape("quantizer.codebook"), [512, 8]);

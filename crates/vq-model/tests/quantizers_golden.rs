@@ -11,7 +11,7 @@ mod common;
 
 use std::collections::BTreeMap;
 
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use common::{codes, small_of};
 use vq_model::{
     CodebookRule, CodebookUpdate, Codes, GradientEstimator, QuantizerConfig, QuantizerKind, VqVae,
@@ -185,7 +185,7 @@ fn check_updates(case: &str, config: &QuantizerConfig) {
 
 /// A model whose quantizer has the file's parameters; m = e and N = 1 with moving averages.
 fn load(golden: &BTreeMap<String, Tensor>, case: &str, config: &QuantizerConfig) -> VqVae {
-    let model = VqVae::new(&small_of(config), 0, &Device::Cpu).unwrap();
+    let model = VqVae::new(&small_of(config), 0, &vq_ops::test_device()).unwrap();
     let mut tensors: BTreeMap<String, Tensor> =
         model.tensors().into_iter().map(|(name, t)| (name, t.copy().unwrap())).collect();
     let prefix = format!("{case}/param/");
@@ -206,7 +206,7 @@ fn load(golden: &BTreeMap<String, Tensor>, case: &str, config: &QuantizerConfig)
 
 fn golden() -> BTreeMap<String, Tensor> {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/golden/quantizers.safetensors");
-    candle_core::safetensors::load(path, &Device::Cpu).unwrap().into_iter().collect()
+    candle_core::safetensors::load(path, &vq_ops::test_device()).unwrap().into_iter().collect()
 }
 
 fn assert_close(case: &str, what: &str, ours: &Tensor, theirs: &Tensor, bound: f32) -> f32 {

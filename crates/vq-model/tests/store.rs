@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use common::{all_kinds, bits, images, model, small, two_levels, values};
 use vq_model::{CONFIG_FILE, CodebookUpdate, Config, Error, MODEL_FILE, VqVae};
 
@@ -26,7 +26,7 @@ fn a_saved_model_loads_to_the_bit_with_averages_and_the_kmeans_flag_and_goes_on_
         };
         step(&model, 1);
         model.save(folder.path()).unwrap();
-        let loaded = VqVae::from_pretrained(folder.path(), &Device::Cpu).unwrap();
+        let loaded = VqVae::from_pretrained(folder.path(), &vq_ops::test_device()).unwrap();
         assert_eq!(loaded.config(), model.config());
         assert_eq!(bits(&loaded), bits(&model));
         assert!(loaded.codebooks_initialized().unwrap());
@@ -46,8 +46,8 @@ fn the_same_model_gives_the_same_bytes_and_nothing_else_is_left_behind() {
     let model = model(&two_levels(), 0);
     model.save(&first).unwrap();
     // Over an older one, too.
-    VqVae::new(&small(), 7, &Device::Cpu).unwrap().save(&second).unwrap();
-    VqVae::from_pretrained(&first, &Device::Cpu).unwrap().save(&second).unwrap();
+    VqVae::new(&small(), 7, &vq_ops::test_device()).unwrap().save(&second).unwrap();
+    VqVae::from_pretrained(&first, &vq_ops::test_device()).unwrap().save(&second).unwrap();
     for file in [CONFIG_FILE, MODEL_FILE] {
         assert_eq!(fs::read(first.join(file)).unwrap(), fs::read(second.join(file)).unwrap());
     }
@@ -173,7 +173,7 @@ fn missing_extra_and_not_finite_tensors_are_refused_and_leave_the_model_as_it_wa
     let model = model(&small(), 0);
     let before = bits(&model);
     let copies = || -> BTreeMap<String, Tensor> {
-        let other = VqVae::new(&small(), 9, &Device::Cpu).unwrap().tensors();
+        let other = VqVae::new(&small(), 9, &vq_ops::test_device()).unwrap().tensors();
         other.into_iter().map(|(name, t)| (name, t.copy().unwrap())).collect()
     };
     let refused = |tensors: &BTreeMap<String, Tensor>, part: &str| {
@@ -188,7 +188,7 @@ fn missing_extra_and_not_finite_tensors_are_refused_and_leave_the_model_as_it_wa
     tensors.insert("levels.7.bias".to_owned(), tensors["levels.0.projection.bias"].clone());
     refused(&tensors, "tensor `levels.7.bias` [6] has no place in the config's model");
     let mut tensors = copies();
-    let nan = Tensor::full(f32::NAN, 6, &Device::Cpu).unwrap();
+    let nan = Tensor::full(f32::NAN, 6, &vq_ops::test_device()).unwrap();
     tensors.insert("levels.0.projection.bias".to_owned(), nan);
     refused(&tensors, "tensor `levels.0.projection.bias` holds values that are not finite");
     model.set_tensors(&copies()).unwrap();
@@ -201,15 +201,15 @@ fn nan_and_other_types_in_a_file_are_refused_with_the_tensor() {
     let path = folder.path().join(MODEL_FILE);
     let name = "levels.0.encoder.0.bias";
     let write = |tensor: Tensor| {
-        let mut tensors = candle_core::safetensors::load(&path, &Device::Cpu).unwrap();
+        let mut tensors = candle_core::safetensors::load(&path, &vq_ops::test_device()).unwrap();
         tensors.insert(name.to_owned(), tensor);
         candle_core::safetensors::save(&tensors, &path).unwrap();
     };
-    write(Tensor::full(f32::INFINITY, 4, &Device::Cpu).unwrap());
+    write(Tensor::full(f32::INFINITY, 4, &vq_ops::test_device()).unwrap());
     let message = load_error(folder.path());
     assert!(message.contains(name) && message.contains("not finite"), "{message}");
     assert!(message.contains(MODEL_FILE), "{message}");
-    write(Tensor::full(1f64, 4, &Device::Cpu).unwrap());
+    write(Tensor::full(1f64, 4, &vq_ops::test_device()).unwrap());
     assert!(load_error(folder.path()).contains("is F64, not F32"));
 }
 
@@ -222,7 +222,7 @@ fn a_folder_that_cannot_be_written_is_said_and_the_old_file_stays() {
     let error = model.save(folder.path().join(MODEL_FILE)).unwrap_err();
     assert!(matches!(error, Error::Write { .. }), "{error}");
     assert!(error.to_string().contains("check permissions and free space"));
-    assert!(VqVae::from_pretrained(folder.path(), &Device::Cpu).is_ok());
+    assert!(VqVae::from_pretrained(folder.path(), &vq_ops::test_device()).is_ok());
 }
 
 fn saved(config: &Config) -> tempfile::TempDir {
@@ -232,7 +232,7 @@ fn saved(config: &Config) -> tempfile::TempDir {
 }
 
 fn load_error(folder: &Path) -> String {
-    let message = VqVae::from_pretrained(folder, &Device::Cpu).unwrap_err().to_string();
+    let message = VqVae::from_pretrained(folder, &vq_ops::test_device()).unwrap_err().to_string();
     assert_eq!(message.lines().count(), 1, "{message}");
     message
 }

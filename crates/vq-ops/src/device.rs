@@ -1,6 +1,7 @@
 //! Opening a device.
 
 use std::panic::{self, AssertUnwindSafe};
+use std::sync::OnceLock;
 
 use candle_core::{Device, Error, Result};
 
@@ -27,6 +28,8 @@ pub fn open_cuda(number: usize) -> Result<Device> {
             .downcast_ref::<String>()
             .map(String::as_str)
             .or_else(|| problem.downcast_ref::<&str>().copied());
+        // Of a missing library the bindings list some thirty names that it could have.
+        let text = text.and_then(|text| text.split(" - searched for").next());
         Err(Error::Msg(text.unwrap_or("CUDA's libraries cannot be opened").to_owned()))
     })
 }
@@ -38,4 +41,29 @@ pub fn set_strict_f32(strict: bool) {
     crate::cuda::set_strict(strict);
     #[cfg(not(feature = "cuda"))]
     let _ = strict;
+}
+
+/// The device of tests that can run on any: what `VQ_TEST_DEVICE` says, one of `cpu` (without it), `cuda`,
+/// `cuda:N` and `metal`; with f32 in full. The same for the whole process, since tensors of a device that was
+/// opened twice do not go together.
+///
+/// # Panics
+///
+/// Where there is no such device: a test must not pass on another one.
+#[doc(hidden)]
+#[allow(clippy::panic)]
+pub fn test_device() -> Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    let open = || {
+        let name = std::env::var("VQ_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
+        let opened = match name.split_once(':').unwrap_or((name.as_str(), "0")) {
+            ("cpu", _) => Ok(Device::Cpu),
+            ("metal", _) => Device::new_metal(0),
+            ("cuda", number) => number.parse().map_err(Error::wrap).and_then(open_cuda),
+            _ => Err(Error::Msg("it is none of cpu, cuda, cuda:N, metal".to_owned())),
+        };
+        set_strict_f32(true);
+        opened.unwrap_or_else(|error| panic!("VQ_TEST_DEVICE={name}: {error}"))
+    };
+    DEVICE.get_or_init(open).clone()
 }

@@ -290,7 +290,7 @@ fn missing() -> candle_core::Error {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use crate::dispatch::only_primitives;
     use crate::{Conv2d, ConvTranspose2d, Layer, Precision, Stack, conv_transpose2d, conv2d};
@@ -306,7 +306,7 @@ mod tests {
                 (state >> 40) as f32 / (1u64 << 23) as f32 - 1.
             })
             .collect();
-        Var::from_vec(values, dims, &Device::Cpu).unwrap()
+        Var::from_vec(values, dims, &crate::test_device()).unwrap()
     }
 
     /// Value and gradients.

@@ -92,14 +92,16 @@ impl CustomOp1 for Mask {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
 
     #[test]
     fn it_drops_the_given_share_keeps_the_mean_and_sends_the_gradient_the_same_way() {
         let n = 200_000;
-        let x = Var::from_tensor(&Tensor::ones(n, candle_core::DType::F32, &Device::Cpu).unwrap());
+        let x = Var::from_tensor(
+            &Tensor::ones(n, candle_core::DType::F32, &crate::test_device()).unwrap(),
+        );
         let x = x.unwrap();
         for p in [0.1, 0.5, 0.9] {
             let y = dropout(&x, p, 7).unwrap();

@@ -279,14 +279,14 @@ fn gate_row_gradient(x: &[f32], (s_a, s_b): (&[f32], &[f32]), grad: &[f32], dx: 
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
 
     fn random(start: f32, dims: &[usize]) -> Var {
         let n = dims.iter().product();
         let values = (0..n).map(|i| 2.0 * (i as f32 * 12.9898 + start).sin()).collect();
-        Var::from_vec(values, dims, &Device::Cpu).unwrap()
+        Var::from_vec(values, dims, &crate::test_device()).unwrap()
     }
 
     fn values(t: &Tensor) -> Vec<f32> {

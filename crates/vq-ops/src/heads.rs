@@ -84,7 +84,7 @@ fn swap(from: &[f32], a: usize, b: usize, size: usize) -> Vec<f32> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
 
@@ -92,7 +92,8 @@ mod tests {
     fn splitting_agrees_with_candles_transposition_and_merging_undoes_it() {
         let (b, t, heads, size) = (2, 5, 3, 4);
         let n = (b * t * heads * size) as f32;
-        let x = Tensor::arange(0f32, n, &Device::Cpu).unwrap().reshape((b, t, heads * size));
+        let x =
+            Tensor::arange(0f32, n, &crate::test_device()).unwrap().reshape((b, t, heads * size));
         let x = Var::from_tensor(&x.unwrap()).unwrap();
         let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let split = split_heads(&x, heads).unwrap();

@@ -10,7 +10,8 @@ pub const MIRRORED: u32 = 1 << 31;
 
 /// `pixels` `[N, C, H, W]` u8, `picks` `[B]` u32, `tables` `[C, 256]` f32 → `[B, C, H, W]` f32: the images of
 /// these numbers, mirrored left to right where [`MIRRORED`] is set, each pixel as its channel's table says. An
-/// image that is not there is an error on the CPU, and anything elsewhere.
+/// image that is not there is an error on the CPU, and anything elsewhere. The picks may lie on the CPU in any
+/// case, which is best: where there is no kernel for this, they are read.
 pub fn gather_images(pixels: &Tensor, picks: &Tensor, tables: &Tensor) -> Result<Tensor> {
     let (count, channels, ..) = pixels.dims4()?;
     let fits =
@@ -21,8 +22,8 @@ pub fn gather_images(pixels: &Tensor, picks: &Tensor, tables: &Tensor) -> Result
     #[cfg(feature = "cuda")]
     if on_cuda(pixels.device()) {
         let (pixels, tables) = (pixels.contiguous()?, tables.contiguous()?);
-        let op = crate::cuda::training::Images;
-        return pixels.apply_op3_no_bwd(&picks.contiguous()?, &tables, &op);
+        let picks = picks.to_device(pixels.device())?.contiguous()?;
+        return pixels.apply_op3_no_bwd(&picks, &tables, &crate::cuda::training::Images);
     }
     composed(pixels, picks, tables)
 }
@@ -48,8 +49,6 @@ fn composed(pixels: &Tensor, picks: &Tensor, tables: &Tensor) -> Result<Tensor> 
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     #[test]
@@ -59,9 +58,9 @@ mod tests {
         let tables: Vec<f32> = (0..c * 256).map(|i| i as f32 * 0.5 - 3.).collect();
         let picks = [2, MIRRORED, MIRRORED | 1, 0];
         let images = gather_images(
-            &Tensor::from_slice(&pixels, (n, c, h, w), &Device::Cpu)?,
-            &Tensor::new(&picks, &Device::Cpu)?,
-            &Tensor::from_slice(&tables, (c, 256), &Device::Cpu)?,
+            &Tensor::from_slice(&pixels, (n, c, h, w), &crate::test_device())?,
+            &Tensor::new(&picks, &crate::test_device())?,
+            &Tensor::from_slice(&tables, (c, 256), &crate::test_device())?,
         )?;
         assert_eq!(images.dims(), [4, c, h, w]);
         let images = images.flatten_all()?.to_vec1::<f32>()?;

@@ -48,6 +48,8 @@ mod storage;
 mod swiglu;
 
 pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
+#[doc(hidden)]
+pub use device::test_device;
 pub use device::{open_cuda, set_strict_f32};
 pub use dropout::dropout;
 pub use gate::{gate, gate_sum};

@@ -147,7 +147,7 @@ impl CustomOp2 for WherePositive {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
 
@@ -156,7 +156,7 @@ mod tests {
         let random = |start: f32, dims: &[usize]| {
             let n = dims.iter().product();
             let values = (0..n).map(|i| (i as f32 * 12.9898 + start).sin()).collect();
-            Var::from_vec(values, dims, &Device::Cpu).unwrap()
+            Var::from_vec(values, dims, &crate::test_device()).unwrap()
         };
         for (dims, outputs) in [(vec![5, 3], 4), (vec![2, 7, 9, 40], 33), (vec![1, 1], 1)] {
             let inputs = *dims.last().unwrap();

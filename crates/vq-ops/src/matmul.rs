@@ -59,7 +59,7 @@ impl CustomOp2 for MatmulTransposed {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
 
@@ -68,7 +68,7 @@ mod tests {
         let random = |start: f32, dims: [usize; 4]| {
             let n = dims.iter().product();
             let values = (0..n).map(|i| (i as f32 * 12.9898 + start).sin()).collect();
-            Var::from_vec(values, dims.as_slice(), &Device::Cpu).unwrap()
+            Var::from_vec(values, dims.as_slice(), &crate::test_device()).unwrap()
         };
         let (a, b) = (random(1.0, [2, 3, 4, 5]), random(2.0, [2, 3, 6, 5]));
         let weights = random(3.0, [2, 3, 4, 6]).as_detached_tensor();

@@ -205,13 +205,11 @@ fn composed(slot: &AdamWSlot<'_>, step: &AdamWStep, scale: Option<&Tensor>) -> R
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     fn noise(n: usize, seed: f32) -> Tensor {
         let values = (0..n).map(|i| (i as f32 * 12.9898 + seed).sin()).collect();
-        Tensor::from_vec(values, n, &Device::Cpu).unwrap()
+        Tensor::from_vec(values, n, &crate::test_device()).unwrap()
     }
 
     #[test]
@@ -249,7 +247,7 @@ mod tests {
                 ema: Some(ema),
                 decays: true,
             };
-            let scale = Tensor::new(&[0.25f32], &Device::Cpu).unwrap();
+            let scale = Tensor::new(&[0.25f32], &crate::test_device()).unwrap();
             let work = || adamw_steps(&[slot], &step, Some(&scale)).unwrap();
             if is_composed {
                 crate::composed::only(work);

@@ -160,13 +160,11 @@ fn panel_rows(x: &[f32], inputs: usize, weight: &[f32], bias: &[f32], sums: &mut
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     fn random(start: f32, dims: (usize, usize)) -> Tensor {
         let values = (0..dims.0 * dims.1).map(|i| (i as f32 * 12.9898 + start).sin()).collect();
-        Tensor::from_vec(values, dims, &Device::Cpu).unwrap()
+        Tensor::from_vec(values, dims, &crate::test_device()).unwrap()
     }
 
     #[test]

@@ -192,14 +192,14 @@ fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
 
     fn random(name: &str, rows: usize) -> Var {
         let start = f32::from(name.as_bytes()[0]);
         let values = (0..rows * 5).map(|i| (i as f32 * 12.9898 + start).sin()).collect();
-        Var::from_vec(values, (rows, 5), &Device::Cpu).unwrap()
+        Var::from_vec(values, (rows, 5), &crate::test_device()).unwrap()
     }
 
     /// Values and both gradients, with random weights on the result.
@@ -235,7 +235,10 @@ mod tests {
 
     #[test]
     fn layouts_turn_into_each_other() {
-        let x = Tensor::arange(0f32, 120., &Device::Cpu).unwrap().reshape((2, 3, 4, 5)).unwrap();
+        let x = Tensor::arange(0f32, 120., &crate::test_device())
+            .unwrap()
+            .reshape((2, 3, 4, 5))
+            .unwrap();
         let x = Var::from_tensor(&x).unwrap();
         let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let first = channels_first(&x).unwrap();

@@ -83,7 +83,7 @@ impl CustomOp1 for Shift {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
 
@@ -94,7 +94,7 @@ mod tests {
     #[test]
     fn it_agrees_with_candles_operations_and_its_gradient_is_the_way_back() {
         let (b, h, w, c) = (2, 3, 4, 2);
-        let x = Tensor::arange(1f32, 1. + (b * h * w * c) as f32, &Device::Cpu).unwrap();
+        let x = Tensor::arange(1f32, 1. + (b * h * w * c) as f32, &crate::test_device()).unwrap();
         let x = Var::from_tensor(&x.reshape((b, h, w, c)).unwrap()).unwrap();
         for size in [[3, 4], [1, 1], [5, 7], [2, 6]] {
             for offset in [[0, 0], [1, 0], [0, 1], [-1, -2], [2, 3], [-3, 0], [0, 9]] {
@@ -105,7 +105,7 @@ mod tests {
                 assert_eq!(values(&ours), values(&composed), "{size:?} {offset:?}");
                 let gradient = |y: &Tensor| {
                     let n = y.elem_count() as f32;
-                    let weights = Tensor::arange(0f32, n, &Device::Cpu).unwrap();
+                    let weights = Tensor::arange(0f32, n, &crate::test_device()).unwrap();
                     let y = y.flatten_all().unwrap();
                     let loss = (y * weights).unwrap().sum_all().unwrap();
                     let gradients = loss.backward().unwrap();

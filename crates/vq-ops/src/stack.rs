@@ -265,7 +265,7 @@ mod tests {
 
     #[test]
     fn composed_operations_are_reachable() -> Result<()> {
-        let z = Tensor::new(&[[0f32, 1.], [2., 2.]], &candle_core::Device::Cpu)?;
+        let z = Tensor::new(&[[0f32, 1.], [2., 2.]], &crate::test_device())?;
         assert_eq!(composed::nearest_codes(&z, &z)?.to_vec1::<u32>()?, [0, 1]);
         Ok(())
     }

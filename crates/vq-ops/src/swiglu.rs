@@ -93,14 +93,14 @@ fn rows_of_a_task(half: usize) -> usize {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Var};
+    use candle_core::Var;
 
     use super::*;
 
     fn random(start: f32, dims: &[usize]) -> Var {
         let n = dims.iter().product();
         let values = (0..n).map(|i| 2.0 * (i as f32 * 12.9898 + start).sin()).collect();
-        Var::from_vec(values, dims, &Device::Cpu).unwrap()
+        Var::from_vec(values, dims, &crate::test_device()).unwrap()
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 #![allow(clippy::unwrap_used)] // a failing test may panic
 
-use candle_core::{Device, Result, Tensor, Var};
+use candle_core::{Result, Tensor, Var};
 use proptest::prelude::*;
 use vq_ops::{Conv2d, ConvTranspose2d, Layer, Stack, composed};
 
@@ -33,7 +33,7 @@ fn noise(shape: &[usize], seed: u32) -> Result<Tensor> {
             ((h ^ (h >> 15)) >> 8) as f32 / (1 << 23) as f32 - 1.
         })
         .collect();
-    Tensor::from_vec(values, shape, &Device::Cpu)
+    Tensor::from_vec(values, shape, &vq_ops::test_device())
 }
 
 fn variables(stack: &Stack) -> Result<Vec<Var>> {
@@ -109,7 +109,7 @@ fn a_residual_layer_with_zero_weights_is_the_identity() -> Result<()> {
     let zeros: Vec<Tensor> = stack.layers()[0]
         .parameters()
         .into_iter()
-        .map(|(_, shape)| Tensor::zeros(shape, candle_core::DType::F32, &Device::Cpu))
+        .map(|(_, shape)| Tensor::zeros(shape, candle_core::DType::F32, &vq_ops::test_device()))
         .collect::<Result<_>>()?;
     let x = noise(&[2, 3, 5, 6], 4)?;
     let y = stack.forward(&x, &zeros)?;
@@ -193,7 +193,7 @@ fn values_that_are_not_numbers_do_not_vanish() -> Result<()> {
     let params: Vec<Tensor> = vars.iter().map(|v| v.as_tensor().clone()).collect();
     let mut values = noise(&[1, 8, 8, 3], 1)?.flatten_all()?.to_vec1::<f32>()?;
     values[100] = f32::NAN;
-    let x = Tensor::from_vec(values, (1, 8, 8, 3), &Device::Cpu)?;
+    let x = Tensor::from_vec(values, (1, 8, 8, 3), &vq_ops::test_device())?;
     for y in [stack.forward(&x, &params)?, stack.forward_layerwise(&x, &params)?] {
         assert!(y.flatten_all()?.to_vec1::<f32>()?.iter().any(|v| v.is_nan()));
     }

@@ -260,7 +260,7 @@ pub(crate) fn dead_codes(usage: &Usage) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::{Device, Tensor};
+    use candle_core::Tensor;
 
     use super::*;
 
@@ -327,7 +327,8 @@ mod tests {
 
     #[test]
     fn figures_of_codebooks() {
-        let tensor = |values: &[f32]| Tensor::from_slice(values, (4, 1), &Device::Cpu).unwrap();
+        let tensor =
+            |values: &[f32]| Tensor::from_slice(values, (4, 1), &vq_ops::test_device()).unwrap();
         let (before, now) = (tensor(&[1., -1., 1., -1.]), tensor(&[2., -2., 2., -2.]));
         let mut metrics = Metrics::new();
         codebook_metrics(&mut metrics, 1, std::slice::from_ref(&now), None).unwrap();

@@ -68,14 +68,12 @@ impl Figures {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     #[test]
     fn terms_keep_their_order_and_codes_are_counted() -> Result<()> {
-        let scalar = |value: f32| Tensor::new(value, &Device::Cpu).unwrap();
-        let codes = Tensor::new(&[[0u32, 2], [2, 2]], &Device::Cpu)?;
+        let scalar = |value: f32| Tensor::new(value, &vq_ops::test_device()).unwrap();
+        let codes = Tensor::new(&[[0u32, 2], [2, 2]], &vq_ops::test_device())?;
         let figures = Figures::new()
             .with("z", &scalar(0.5))
             .with_divided("a", &scalar(3.0), 2.0)

@@ -28,6 +28,7 @@
 mod bits;
 mod checkpoint;
 mod compare;
+mod device_images;
 pub mod doctor;
 mod error;
 mod evaluate;
@@ -59,6 +60,7 @@ pub use checkpoint::{BEST, CHECKPOINTS, Checkpoints, LAST, load_model, load_prio
 pub use compare::{
     Comparison, PlannedRun, Row, RunFigures, RunState, Spread, Summary, Variant, Variants,
 };
+pub use device_images::DeviceImages;
 pub use error::{Error, Result};
 pub use evaluate::{EvaluateOptions, evaluate};
 pub use event::{

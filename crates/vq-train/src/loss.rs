@@ -99,7 +99,7 @@ mod tests {
     use crate::Metrics;
 
     fn output(reconstruction: &Tensor, codebook: f32, commitment: &Tensor) -> Output {
-        let device = Device::Cpu;
+        let device = vq_ops::test_device();
         Output {
             reconstruction: reconstruction.clone(),
             nats: None,
@@ -133,12 +133,14 @@ mod tests {
             Normalization { mean: vec![0.4, 0.5, 0.6], std: vec![0.2, 0.3, 0.25] },
         ] {
             let tensor = |values: &[f32]| {
-                let images = Tensor::from_slice(values, (1, 3, 4, 4), &Device::Cpu).unwrap();
+                let images =
+                    Tensor::from_slice(values, (1, 3, 4, 4), &vq_ops::test_device()).unwrap();
                 normalization.normalize(&images).unwrap()
             };
             let config = TrainConfig::default();
-            let loss = Loss::new(&config, &normalization, variance, &Device::Cpu).unwrap();
-            let zero = Tensor::new(0f32, &Device::Cpu).unwrap();
+            let loss =
+                Loss::new(&config, &normalization, variance, &vq_ops::test_device()).unwrap();
+            let zero = Tensor::new(0f32, &vq_ops::test_device()).unwrap();
             let (_, terms) =
                 of(&loss, &output(&tensor(&wrong), 0.0, &zero), &tensor(&pixels)).unwrap();
             let found = terms.get("reconstruction").unwrap();
@@ -149,13 +151,14 @@ mod tests {
     /// Points 1 and 4: β multiplies the commitment, and it alone.
     #[test]
     fn beta_multiplies_the_commitment_alone() {
-        let z = Var::new(3f32, &Device::Cpu).unwrap();
-        let images = Tensor::zeros((1, 3, 2, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let z = Var::new(3f32, &vq_ops::test_device()).unwrap();
+        let images =
+            Tensor::zeros((1, 3, 2, 2), candle_core::DType::F32, &vq_ops::test_device()).unwrap();
         let normalization = Normalization::default();
         for beta in [0.0, 0.25, 1.0] {
             let config =
                 TrainConfig { beta, normalize_by_variance: false, ..TrainConfig::default() };
-            let loss = Loss::new(&config, &normalization, 0.06, &Device::Cpu).unwrap();
+            let loss = Loss::new(&config, &normalization, 0.06, &vq_ops::test_device()).unwrap();
             let output = output(&(&images + 0.5).unwrap(), 2.0, z.as_tensor());
             let (loss, terms) = of(&loss, &output, &images).unwrap();
             let total = f64::from(loss.to_scalar::<f32>().unwrap());
@@ -170,11 +173,13 @@ mod tests {
 
     #[test]
     fn the_entropy_loss_is_added_as_it_is_and_is_a_term_of_its_own() {
-        let images = Tensor::zeros((1, 3, 2, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let images =
+            Tensor::zeros((1, 3, 2, 2), candle_core::DType::F32, &vq_ops::test_device()).unwrap();
         let config = TrainConfig { normalize_by_variance: false, ..TrainConfig::default() };
-        let loss = Loss::new(&config, &Normalization::default(), 0.06, &Device::Cpu).unwrap();
-        let zero = Tensor::new(0f32, &Device::Cpu).unwrap();
-        let entropy = Var::new(-3f32, &Device::Cpu).unwrap();
+        let loss =
+            Loss::new(&config, &Normalization::default(), 0.06, &vq_ops::test_device()).unwrap();
+        let zero = Tensor::new(0f32, &vq_ops::test_device()).unwrap();
+        let entropy = Var::new(-3f32, &vq_ops::test_device()).unwrap();
         let mut output = output(&images, 0.0, &zero);
         let (_, terms) = of(&loss, &output, &images).unwrap();
         assert_eq!(terms.get("entropy"), None);
@@ -189,11 +194,17 @@ mod tests {
     /// Of each image 2 × 2 positions of 3 channels.
     #[test]
     fn a_likelihood_is_in_nats_per_dimension() {
-        let images = Tensor::zeros((2, 3, 2, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let images =
+            Tensor::zeros((2, 3, 2, 2), candle_core::DType::F32, &vq_ops::test_device()).unwrap();
         let config = TrainConfig { beta: 0.5, ..TrainConfig::default() };
-        let loss = Loss::new(&config, &Normalization::default(), 0.06, &Device::Cpu).unwrap();
-        let four = Tensor::new(4f32, &Device::Cpu).unwrap();
-        let nats = Var::from_vec(vec![6f32, 12., 3., 3., 6., 6., 0., 12.], (2, 2, 2), &Device::Cpu);
+        let loss =
+            Loss::new(&config, &Normalization::default(), 0.06, &vq_ops::test_device()).unwrap();
+        let four = Tensor::new(4f32, &vq_ops::test_device()).unwrap();
+        let nats = Var::from_vec(
+            vec![6f32, 12., 3., 3., 6., 6., 0., 12.],
+            (2, 2, 2),
+            &vq_ops::test_device(),
+        );
         let nats = nats.unwrap();
         let output = Output {
             nats: Some(nats.as_tensor().clone()),
@@ -209,10 +220,12 @@ mod tests {
 
     #[test]
     fn the_absolute_error_is_added_when_asked_for() {
-        let images = Tensor::zeros((1, 3, 2, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let images =
+            Tensor::zeros((1, 3, 2, 2), candle_core::DType::F32, &vq_ops::test_device()).unwrap();
         let config = TrainConfig { l1: 2.0, ..TrainConfig::default() };
-        let loss = Loss::new(&config, &Normalization::default(), 0.04, &Device::Cpu).unwrap();
-        let zero = Tensor::new(0f32, &Device::Cpu).unwrap();
+        let loss =
+            Loss::new(&config, &Normalization::default(), 0.04, &vq_ops::test_device()).unwrap();
+        let zero = Tensor::new(0f32, &vq_ops::test_device()).unwrap();
         let (_, terms) =
             of(&loss, &output(&(&images - 0.1).unwrap(), 0.0, &zero), &images).unwrap();
         // (0.1 / 0.2)² + 2·(0.1 / 0.2)

@@ -224,8 +224,6 @@ fn set(target: &Tensor, value: &Tensor) -> Result<()> {
 
 #[cfg(test)]
 mod tests {
-    use candle_core::Device;
-
     use super::*;
 
     fn config(weight_ema: f64) -> TrainConfig {
@@ -233,7 +231,8 @@ mod tests {
     }
 
     fn parameters() -> Parameters {
-        let codebook = Var::from_slice(&[1f32, 2., 3., 4., 5., 6.], (3, 2), &Device::Cpu).unwrap();
+        let codebook =
+            Var::from_slice(&[1f32, 2., 3., 4., 5., 6.], (3, 2), &vq_ops::test_device()).unwrap();
         BTreeMap::from([("codebook".to_owned(), codebook)])
     }
 
@@ -314,7 +313,7 @@ mod tests {
         };
         let mut tensors = optimizer.tensors(&parameters);
         assert_eq!(restore(&tensors), None);
-        let wrong = Tensor::zeros((2, 2), candle_core::DType::F32, &Device::Cpu).unwrap();
+        let wrong = Tensor::zeros((2, 2), candle_core::DType::F32, &vq_ops::test_device()).unwrap();
         tensors.insert("second_moment.codebook".into(), wrong);
         assert_eq!(restore(&tensors).as_deref(), Some("second_moment.codebook"));
         tensors.remove("first_moment.codebook");

@@ -9,6 +9,7 @@ use candle_core::{Device, Tensor, Var};
 use vq_data::{Batch, Dataset, Loader, LoaderOptions, Splits};
 use vq_model::{CodebookUpdate, Codes, Config, QuantizerKind, TrainingStep, VqVae};
 
+use crate::device_images::DeviceImages;
 use crate::evaluate::{data_normalization, empty_usage};
 use crate::loss::Loss;
 use crate::metrics::level_name;
@@ -22,6 +23,8 @@ use crate::{
 pub struct Tokenizer {
     model: VqVae,
     loader: Loader,
+    /// The loader's images, where they lie on the device.
+    device_images: Option<DeviceImages>,
     test: Arc<dyn Dataset>,
     variance: f64,
     loss: Loss,
@@ -44,6 +47,9 @@ pub struct Residue {
 impl Tokenizer {
     /// A fresh model of `recipe.model` (with the data's class names, where it has none of its own)
     /// that learns from `splits`. Checks the recipe.
+    ///
+    /// On a device other than the CPU, the training images go there once and stay, if their pixels are in
+    /// memory and take at most 1 GiB; else batches are copied there ahead of the steps.
     pub fn new(recipe: &Recipe, splits: &Splits, device: &Device) -> Result<Self> {
         recipe.validate()?;
         let mut config = recipe.model.clone();
@@ -62,11 +68,21 @@ impl Tokenizer {
             prefetch: recipe.train.prefetch,
         };
         let normalization = data_normalization(&config.normalization);
-        let loader = Loader::new(splits.train.clone(), normalization, options)?;
+        let loader = Loader::new(splits.train.clone(), normalization, options)?.on_device(device);
         let variance = vq_data::pixel_variance(splits.train.as_ref())?;
         let loss = Loss::new(&recipe.train, &config.normalization, variance, device)?;
         let (test, config) = (splits.test.clone(), recipe.train.clone());
-        Ok(Self { model, loader, test, variance, loss, config })
+        let device_images = None;
+        let tokenizer = Self { model, loader, device_images, test, variance, loss, config };
+        tokenizer.with_device_images(!device.is_cpu() && DeviceImages::fit(splits.train.as_ref()))
+    }
+
+    /// With the training images on the model's device, all of them, or without; [`new`](Self::new) decides
+    /// by the device and their size. Changes nothing in what is learnt.
+    pub fn with_device_images(mut self, are_there: bool) -> Result<Self> {
+        let upload = || DeviceImages::upload(&self.loader, self.model.device());
+        self.device_images = are_there.then(upload).transpose()?;
+        Ok(self)
     }
 
     /// The model as it stands.
@@ -113,6 +129,10 @@ impl Trainable for Tokenizer {
     }
 
     fn batches(&self, epoch: u64, first: usize) -> Box<dyn Iterator<Item = Result<Part>> + Send> {
+        if let Some(images) = &self.device_images {
+            let whole = |images| Part { images, first: 0 };
+            return Box::new(images.epoch(epoch, first).map(move |images| images.map(whole)));
+        }
         let whole = |batch: Batch| Part { images: batch.images, first: 0 };
         let batches = self.loader.epoch(epoch, first);
         Box::new(batches.map(move |batch| batch.map(whole).map_err(Error::from)))

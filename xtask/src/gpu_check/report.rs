@@ -8,6 +8,9 @@ use serde_json::{Value, json};
 
 use super::Error;
 
+/// The program whose speeds are ours.
+pub(super) const OURS: &str = "vq";
+
 /// Everything found so far.
 pub(super) struct Report {
     device: String,
@@ -39,8 +42,12 @@ pub(super) fn say(line: &str) {
 }
 
 impl Report {
-    pub(super) fn new(device: &str) -> Self {
-        Self { device: device.to_owned(), checks: Vec::new(), speeds: Vec::new() }
+    pub(super) fn new(device: String) -> Self {
+        Self { device, checks: Vec::new(), speeds: Vec::new() }
+    }
+
+    pub(super) fn title(&self) -> String {
+        format!("# gpu-check: {}", self.device)
     }
 
     /// Notes a check and goes on, whatever became of it. `Ok` holds what was measured.
@@ -60,38 +67,58 @@ impl Report {
         let Speed { program, model, format, batch, images_per_second } = &speed;
         let value = match images_per_second {
             Ok(value) => format!("{value:>12.0}"),
-            Err(problem) => format!("failed: {problem}"),
+            Err(problem) => format!("FAILED: {problem}"),
         };
-        say(&format!("{program:<24} {model:<12} {format:<5} {batch:>5}  {value}"));
+        say(&format!("{program:<24} {model:<12} {format:<6} {batch:>5}  {value}"));
         self.speeds.push(speed);
     }
 
-    /// (failed, all)
-    pub(super) fn checks(&self) -> (usize, usize) {
+    /// What became of all of it; an error where a check failed or a speed of ours was not measured. PyTorch's
+    /// failures are its own.
+    pub(super) fn verdict(&self) -> Result<String, String> {
         let failed = self.checks.iter().filter(|check| check.problem.is_some()).count();
-        (failed, self.checks.len())
+        let ours = || self.speeds.iter().filter(|speed| speed.program == OURS);
+        let unmeasured = ours().filter(|speed| speed.images_per_second.is_err()).count();
+        let (checks, speeds) = (self.checks.len(), ours().count());
+        let mut parts = Vec::new();
+        if failed > 0 {
+            parts.push(format!("{failed} of {checks} checks failed"));
+        } else if checks > 0 {
+            parts.push(format!("all {checks} checks passed"));
+        }
+        if speeds > unmeasured {
+            parts.push(format!("{} runs of the training loop timed", speeds - unmeasured));
+        }
+        if unmeasured > 0 {
+            parts.push(format!("{unmeasured} of {speeds} runs of the training loop failed"));
+        }
+        let text =
+            if parts.is_empty() { "nothing was checked".to_owned() } else { parts.join("; ") };
+        if failed + unmeasured > 0 { Err(text) } else { Ok(text) }
     }
 
     /// Ours over the fastest of PyTorch's, where both are there.
     pub(super) fn ratios(&self) -> String {
-        let mut text = "\n## Ours over PyTorch's fastest\n".to_owned();
-        for ours in self.speeds.iter().filter(|speed| speed.program == "vq") {
+        let mut text = "\n## Ours as a multiple of PyTorch's fastest way\n\n\
+             model        format batch  ratio  PyTorch's way"
+            .to_owned();
+        for ours in self.speeds.iter().filter(|speed| speed.program == OURS) {
             let best = self
                 .speeds
                 .iter()
-                .filter(|speed| speed.program != "vq")
+                .filter(|speed| speed.program != OURS)
                 .filter(|speed| {
                     (&speed.model, &speed.format, speed.batch)
                         == (&ours.model, &ours.format, ours.batch)
                 })
                 .filter_map(|speed| Some((speed.images_per_second.as_ref().ok()?, &speed.program)))
                 .max_by(|a, b| a.0.total_cmp(b.0));
-            if let (Ok(ours_value), Some((best, program))) = (&ours.images_per_second, best) {
-                let (model, format, batch) = (&ours.model, &ours.format, ours.batch);
-                let ratio = ours_value / best;
-                let _ =
-                    write!(text, "\n{model:<12} {format:<5} {batch:>5}  {ratio:.2}  ({program})");
-            }
+            let (model, format, batch) = (&ours.model, &ours.format, ours.batch);
+            let found = match (&ours.images_per_second, best) {
+                (Ok(ours), Some((best, program))) => format!("{:>5.2}  {program}", ours / best),
+                _ => "    -  not measured".to_owned(),
+            };
+            let _ = write!(text, "\n{model:<12} {format:<6} {batch:>5}  {found}");
         }
         text
     }
@@ -124,5 +151,42 @@ impl Report {
             "checks": checks.collect::<Vec<_>>(),
             "speeds": speeds.collect::<Vec<_>>(),
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn speed(program: &str, images_per_second: Result<f64, String>) -> Speed {
+        let (model, format) = ("standard".to_owned(), "f32".to_owned());
+        Speed { program: program.to_owned(), model, format, batch: 8, images_per_second }
+    }
+
+    #[test]
+    fn ratios_are_to_the_fastest_of_the_same_work() {
+        let mut report = Report::new("cpu".to_owned());
+        report.speed(speed(OURS, Ok(300.)));
+        report.speed(speed("pytorch eager", Ok(100.)));
+        report.speed(speed("pytorch compiled", Ok(150.)));
+        report.speed(speed("pytorch graphs", Err("no".to_owned())));
+        report.speed(Speed { batch: 16, ..speed("pytorch eager", Ok(900.)) });
+        let text = report.ratios();
+        assert!(text.ends_with("standard     f32        8   2.00  pytorch compiled"), "{text}");
+    }
+
+    #[test]
+    fn a_failed_check_or_run_of_ours_fails_all_and_pytorchs_do_not() {
+        let mut report = Report::new("cpu".to_owned());
+        assert_eq!(report.verdict().unwrap(), "nothing was checked");
+        report.check("good", Ok(String::new()));
+        report.speed(speed("pytorch", Err("not installed".to_owned())));
+        assert_eq!(report.verdict().unwrap(), "all 1 checks passed");
+        report.check("bad", Err("1.0e0 (allowed 1e-4)".to_owned()));
+        assert_eq!(report.verdict().unwrap_err(), "1 of 2 checks failed");
+        report.speed(speed(OURS, Ok(10.)));
+        assert!(report.verdict().unwrap_err().ends_with("; 1 runs of the training loop timed"));
+        report.speed(speed(OURS, Err("memory".to_owned())));
+        assert!(report.verdict().unwrap_err().contains("1 of 2 runs of the training loop failed"));
     }
 }

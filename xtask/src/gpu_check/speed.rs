@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use candle_core::Device;
 use vq_data::{Dataset, Splits};
@@ -13,7 +13,7 @@ use vq_train::{Event, Observer, Recipe, Tokenizer, Trainer};
 
 use super::Options;
 use super::checks::text;
-use super::report::{Report, Speed};
+use super::report::{OURS, Report, Speed};
 use super::training::{Repeated, images};
 
 type Boxed = Box<dyn std::error::Error + Send + Sync>;
@@ -31,7 +31,7 @@ pub(super) fn measure(device: &Device, options: &Options, report: &mut Report) {
                 let images_per_second =
                     time(device, model, format, batch, options.seconds).map_err(text);
                 let (model, format) = (model.clone(), format.clone());
-                let program = "vq".to_owned();
+                let program = OURS.to_owned();
                 report.speed(Speed { program, model, format, batch, images_per_second });
             }
         }
@@ -47,12 +47,13 @@ fn time(
     batch: usize,
     seconds: f64,
 ) -> Result<f64, Boxed> {
-    let (mut recipe, side) = match model {
-        "standard" => (Recipe::default(), 32),
+    // Small images lie on the device, as CIFAR-10's do; the large ones come as files' do, in batches.
+    let (mut recipe, side, len, are_costly) = match model {
+        "standard" => (Recipe::default(), 32, 1 << 18, false),
         "imagenet256" => {
             let text = include_str!("../../../configs/imagenet256.toml");
             let recipe = Recipe::from_toml(text, "imagenet256")?;
-            (recipe.with_override("train.accumulate=1")?, 256)
+            (recipe.with_override("train.accumulate=1")?, 256, 1 << 20, true)
         }
         _ => return Err(format!("the models are standard and imagenet256, not {model}").into()),
     };
@@ -71,15 +72,24 @@ fn time(
         _ => return Err(format!("the formats are f32, tf32 and bf16, not {format}").into()),
     };
     recipe.train.batch_size = batch;
-    // A few images, again and again.
-    let (images, len) = (images(1024, side)?, 1 << 20);
-    let data: Arc<dyn Dataset> = Arc::new(Repeated { images, len });
+    // As many as make whole reports; a few images, again and again.
+    let reported = batch.max(1) * REPORTED as usize;
+    let len = (len / reported).max(1) * reported;
+    let images = images(1024, side)?;
+    let data: Arc<dyn Dataset> = Arc::new(Repeated { images, len, are_costly });
     let splits = Splits { train: data.clone(), test: data, notes: Vec::new(), broken: Vec::new() };
     let folder = tempfile::tempdir()?;
     let tokenizer = Tokenizer::new(&recipe, &splits, device)?;
     let stop = Arc::new(AtomicBool::new(false));
     let found = Rc::new(Cell::new(None));
-    let watch = Watch { seconds, start: None, found: found.clone(), stop: stop.clone() };
+    let watch = Watch {
+        seconds,
+        start: None,
+        epoch_end: None,
+        pause: Duration::ZERO,
+        found: found.clone(),
+        stop: stop.clone(),
+    };
     let trainer = Trainer::new(tokenizer, &recipe.train, folder.path())?;
     trainer.with_observer(watch).with_stop_flag(stop).run()?;
     let (steps, elapsed): (u64, f64) = found.get().ok_or("the run ended before it was timed")?;
@@ -91,6 +101,9 @@ fn time(
 struct Watch {
     seconds: f64,
     start: Option<(u64, Instant)>,
+    epoch_end: Option<Instant>,
+    /// Time between epochs, spent on checkpoints.
+    pause: Duration,
     /// (steps, seconds)
     found: Rc<Cell<Option<(u64, f64)>>>,
     stop: Arc<AtomicBool>,
@@ -98,14 +111,26 @@ struct Watch {
 
 impl Observer for Watch {
     fn observe(&mut self, event: &Event<'_>) -> Result<(), Boxed> {
-        let Event::StepFinished(step) = event else { return Ok(()) };
+        let step = match event {
+            Event::StepFinished(step) => step,
+            Event::EpochFinished(_) => {
+                self.epoch_end = Some(Instant::now());
+                return Ok(());
+            }
+            Event::CheckpointSaved(_) => {
+                let end = self.epoch_end.take().filter(|_| self.start.is_some());
+                self.pause += end.map_or(Duration::ZERO, |end| end.elapsed());
+                return Ok(());
+            }
+            _ => return Ok(()),
+        };
         if !step.step.is_multiple_of(REPORTED) {
             return Ok(());
         }
         match self.start {
             None if step.step >= WARM_UP => self.start = Some((step.step, Instant::now())),
             Some((first, start)) if step.step > first => {
-                let elapsed = start.elapsed().as_secs_f64();
+                let elapsed = start.elapsed().saturating_sub(self.pause).as_secs_f64();
                 if elapsed >= self.seconds && !self.stop.load(Ordering::Relaxed) {
                     self.found.set(Some((step.step - first, elapsed)));
                     self.stop.store(true, Ordering::Relaxed);

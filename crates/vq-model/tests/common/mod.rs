@@ -1,7 +1,7 @@
 //! Small models and data for the tests.
 #![allow(dead_code, unreachable_pub, reason = "each test file uses a part of it")]
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{RngCore, SeedableRng};
 use vq_model::{
@@ -100,7 +100,7 @@ pub fn small_of(quantizer: &QuantizerConfig) -> Config {
 
 /// A model whose codes are spread among the outputs of its encoders.
 pub fn model(config: &Config, seed: u64) -> VqVae {
-    let model = VqVae::new(config, seed, &Device::Cpu).unwrap();
+    let model = VqVae::new(config, seed, &vq_ops::test_device()).unwrap();
     for _ in 0..config.levels.len() {
         let output = model.evaluate(&images(config, 32, 1000 + seed)).unwrap();
         model.initialize_codebooks(&output.z_e, 3, 0).unwrap();
@@ -119,7 +119,7 @@ pub fn uniform(seed: u64, shape: &[usize], bound: f32) -> Tensor {
     let mut rng = ChaCha8Rng::seed_from_u64(seed);
     let mut draw = || (rng.next_u32() as f32 / 2f32.powi(31) - 1.0) * bound;
     let values: Vec<f32> = (0..shape.iter().product()).map(|_| draw()).collect();
-    Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+    Tensor::from_vec(values, shape, &vq_ops::test_device()).unwrap()
 }
 
 pub fn values(tensor: &Tensor) -> Vec<f32> {

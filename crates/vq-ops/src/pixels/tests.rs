@@ -1,17 +1,19 @@
-use candle_core::{Device, Tensor, Var};
+use candle_core::{Tensor, Var};
 use proptest::prelude::*;
 
 use super::*;
 
-const CPU: &Device = &Device::Cpu;
+fn device() -> candle_core::Device {
+    crate::test_device()
+}
 
 fn numbers(count: usize, seed: f32, scale: f32) -> Vec<f32> {
     (0..count).map(|i| scale * (i as f32 * 12.9898 + seed).sin()).collect()
 }
 
 fn nats(params: &[f32], pixels: &[u8], distribution: PixelDistribution) -> f64 {
-    let params = Tensor::from_slice(params, (1, params.len()), CPU).unwrap();
-    let pixels = Tensor::from_slice(pixels, (1, pixels.len()), CPU).unwrap();
+    let params = Tensor::from_slice(params, (1, params.len()), &device()).unwrap();
+    let pixels = Tensor::from_slice(pixels, (1, pixels.len()), &device()).unwrap();
     let out = pixel_likelihood(&params, &pixels, distribution).unwrap();
     f64::from(out.to_vec2::<f32>().unwrap()[0][0])
 }
@@ -86,10 +88,10 @@ proptest! {
         seed in 0f32..100.0,
     ) {
         let rows = 12 / channels;
-        let pixels = Tensor::from_vec(pixels, (rows, 12 / rows), CPU).unwrap();
+        let pixels = Tensor::from_vec(pixels, (rows, 12 / rows), &device()).unwrap();
         let size = distribution.parameters(12 / rows);
-        let params = Var::from_vec(numbers(rows * size, seed, 1.5), (rows, size), CPU).unwrap();
-        let weights = Tensor::from_vec(numbers(rows, 3.0, 1.0), (rows, 1), CPU).unwrap();
+        let params = Var::from_vec(numbers(rows * size, seed, 1.5), (rows, size), &device()).unwrap();
+        let weights = Tensor::from_vec(numbers(rows, 3.0, 1.0), (rows, 1), &device()).unwrap();
         let run = |out: Tensor| {
             let loss = (out.narrow(1, 0, 1).unwrap() * &weights).unwrap().sum_all().unwrap();
             let gradients = loss.backward().unwrap();
@@ -113,8 +115,8 @@ proptest! {
     ) {
         let size = distribution.parameters(pixels.len());
         let values = numbers(size, seed, 1.0);
-        let params = Var::from_slice(&values, (1, size), CPU).unwrap();
-        let tensor = Tensor::from_slice(&pixels, (1, pixels.len()), CPU).unwrap();
+        let params = Var::from_slice(&values, (1, size), &device()).unwrap();
+        let tensor = Tensor::from_slice(&pixels, (1, pixels.len()), &device()).unwrap();
         let loss = pixel_likelihood(&params, &tensor, distribution).unwrap();
         let loss = loss.narrow(1, 0, 1).unwrap().sum_all().unwrap();
         let gradient = loss.backward().unwrap().get(&params).unwrap().flatten_all().unwrap();
@@ -175,8 +177,8 @@ fn extreme_parameters_give_finite_numbers() {
     for pixels in [[0u8, 255, 7], [255, 0, 128]] {
         for size in [50.0, 1000.0] {
             let values = numbers(20, 1.0, size);
-            let params = Var::from_vec(values, (1, 20), CPU).unwrap();
-            let tensor = Tensor::from_slice(&pixels, (1, 3), CPU).unwrap();
+            let params = Var::from_vec(values, (1, 20), &device()).unwrap();
+            let tensor = Tensor::from_slice(&pixels, (1, 3), &device()).unwrap();
             let out = pixel_likelihood(&params, &tensor, distribution).unwrap();
             let gradients = out.sum_all().unwrap().backward().unwrap();
             let gradient = gradients.get(&params).unwrap().to_vec2::<f32>().unwrap();
@@ -201,7 +203,7 @@ fn what_is_not_a_number_is_not_hidden() {
             assert!(nats(&params, &[3], distribution).is_nan(), "{index}");
         }
     }
-    let wrong = Tensor::zeros((2, 255), candle_core::DType::F32, CPU).unwrap();
-    let pixels = Tensor::zeros((2, 1), candle_core::DType::U8, CPU).unwrap();
+    let wrong = Tensor::zeros((2, 255), candle_core::DType::F32, &device()).unwrap();
+    let pixels = Tensor::zeros((2, 1), candle_core::DType::U8, &device()).unwrap();
     assert!(pixel_likelihood(&wrong, &pixels, PixelDistribution::Categorical).is_err());
 }

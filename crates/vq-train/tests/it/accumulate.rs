@@ -1,6 +1,5 @@
 //! A step in parts is the step of the whole batch.
 
-use candle_core::Device;
 use candle_core::safetensors::load_buffer;
 use vq_train::read_metrics;
 
@@ -11,7 +10,10 @@ const EMA: &str = "model.levels.0.quantizer.rule=ema";
 
 /// The largest difference between two runs' saved tensors, each relative to the tensor's largest value.
 fn difference(a: &[u8], b: &[u8]) -> f32 {
-    let (a, b) = (load_buffer(a, &Device::Cpu).unwrap(), load_buffer(b, &Device::Cpu).unwrap());
+    let (a, b) = (
+        load_buffer(a, &vq_ops::test_device()).unwrap(),
+        load_buffer(b, &vq_ops::test_device()).unwrap(),
+    );
     assert_eq!(a.len(), b.len());
     let mut names: Vec<&String> = a.keys().collect();
     names.sort();

@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use candle_core::Device;
 use vq_data::{Batch, Dataset, Loader, LoaderOptions, Normalization};
 use vq_model::VqVae;
 use vq_prior::{Conditions, GridConfig, Network, PixelCnnConfig, Prior};
@@ -23,7 +22,7 @@ fn model_and_data(likelihood: &str) -> (VqVae, Arc<dyn Dataset>) {
     top.downsample = 2;
     top.quantizer = vq_model::QuantizerConfig { codebook_size: 16, dim: 4, ..Default::default() };
     recipe.model.levels.push(top);
-    let model = VqVae::new(&recipe.model, 3, &Device::Cpu).unwrap();
+    let model = VqVae::new(&recipe.model, 3, &vq_ops::test_device()).unwrap();
     (model, recipe.data.open(recipe.model.image_size).unwrap().test)
 }
 
@@ -45,7 +44,10 @@ fn priors(data: &Arc<dyn Dataset>) -> Vec<Prior> {
         conditioning: vec![GridConfig { grid: [2, 2], codebook_sizes: vec![16] }],
         ..top.clone()
     };
-    [top, bottom].iter().map(|config| Prior::new(config, 5, &Device::Cpu).unwrap()).collect()
+    [top, bottom]
+        .iter()
+        .map(|config| Prior::new(config, 5, &vq_ops::test_device()).unwrap())
+        .collect()
 }
 
 fn bits(model: &VqVae, priors: &[Prior], data: &Arc<dyn Dataset>, batch: usize) -> BitsPerDim {
@@ -129,7 +131,7 @@ fn other_classes_and_missing_likelihoods_are_not_passed_over() {
     let stranger = known.iter().map(|prior| {
         let mut config = prior.config().clone();
         config.class_names.reverse();
-        Prior::new(&config, 5, &Device::Cpu).unwrap()
+        Prior::new(&config, 5, &vq_ops::test_device()).unwrap()
     });
     let stranger: Vec<Prior> = stranger.collect();
     let known = bits(&model, &known, &data, 4);

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use candle_core::{Device, Tensor};
+use candle_core::Tensor;
 use vq_model::VqVae;
 use vq_train::{EvaluateOptions, Evaluation, evaluate, ssim};
 
@@ -10,7 +10,7 @@ use crate::support::recipe;
 
 fn model_and_data() -> (VqVae, Arc<dyn vq_data::Dataset>) {
     let recipe = recipe(&[]);
-    let model = VqVae::new(&recipe.model, 3, &Device::Cpu).unwrap();
+    let model = VqVae::new(&recipe.model, 3, &vq_ops::test_device()).unwrap();
     (model, recipe.data.open(recipe.model.image_size).unwrap().test)
 }
 
@@ -30,7 +30,7 @@ fn figures_are_those_of_the_definitions() {
         let mut bytes = vec![0; 3 * 16 * 16];
         data.read(index, &mut bytes).unwrap();
         let pixels: Vec<f32> = bytes.iter().map(|&byte| f32::from(byte) / 255.0).collect();
-        let images = Tensor::from_slice(&pixels, (1, 3, 16, 16), &Device::Cpu).unwrap();
+        let images = Tensor::from_slice(&pixels, (1, 3, 16, 16), &vq_ops::test_device()).unwrap();
         let images = model.config().normalization.normalize(&images).unwrap();
         let output = model.forward(&images).unwrap();
         let back = model.config().normalization.denormalize(&output.reconstruction).unwrap();

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use candle_core::Device;
 use vq_data::shapes::{MakeOptions, make_images};
 use vq_data::{OpenOptions, Source};
 use vq_train::{Outcome, Recipe, RunFolder, Tokenizer, Trainer};
@@ -20,7 +19,7 @@ fn trainer(recipe: &Recipe, images: &Path, cache: &Path, run: &Path) -> Trainer<
         ..OpenOptions::default()
     };
     let splits = vq_data::open(&Source::Folder(images.into()), &options).unwrap();
-    let tokenizer = Tokenizer::new(recipe, &splits, &Device::Cpu).unwrap();
+    let tokenizer = Tokenizer::new(recipe, &splits, &vq_ops::test_device()).unwrap();
     Trainer::new(tokenizer, &recipe.train, run).unwrap()
 }
 

@@ -5,6 +5,8 @@ mod accumulate;
 #[cfg(test)]
 mod bits;
 #[cfg(test)]
+mod device_images;
+#[cfg(test)]
 mod evaluate;
 #[cfg(test)]
 mod folder;

@@ -4,7 +4,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use candle_core::Device;
 use vq_data::{
     CODES_FORMAT_VERSION, CODES_ORDER, CodesFolder, CodesLevel, CodesManifest, CodesWriter,
     Normalization,
@@ -30,7 +29,7 @@ fn model(folder: &Path, seed: u64) -> (VqVae, String) {
     };
     config.levels = LEVELS.map(level).to_vec();
     config.class_names = ["a", "b"].map(str::to_owned).to_vec();
-    let model = VqVae::new(&config, seed, &Device::Cpu).unwrap();
+    let model = VqVae::new(&config, seed, &vq_ops::test_device()).unwrap();
     model.save(folder).unwrap();
     (model, model_hash(folder).unwrap())
 }
@@ -103,8 +102,8 @@ fn prepare(folder: &Path) -> String {
 }
 
 fn task(recipe: &mut PriorRecipe, hash: &str) -> Result<PriorTask> {
-    let model = vq_train::load_model(&recipe.data.model, &Device::Cpu)?;
-    PriorTask::new(recipe, model, hash, &Device::Cpu)
+    let model = vq_train::load_model(&recipe.data.model, &vq_ops::test_device())?;
+    PriorTask::new(recipe, model, hash, &vq_ops::test_device())
 }
 
 fn trainer(recipe: &PriorRecipe, hash: &str, run: &Path) -> Trainer<PriorTask> {
@@ -174,11 +173,11 @@ fn a_prior_learns_more_than_the_frequencies_and_keeps_its_model() {
     assert!((figure("nats_per_code") - figure("bits_per_code") * 2f64.ln()).abs() < 1e-9);
     assert!((figure("bits_per_image") - 16.0 * figure("bits_per_code")).abs() < 1e-9);
 
-    let prior = load_prior(&run, &hash, &Device::Cpu).unwrap();
+    let prior = load_prior(&run, &hash, &vq_ops::test_device()).unwrap();
     let config = prior.config();
     assert_eq!((config.tokenizer.as_str(), config.class_count), (hash.as_str(), 2));
     assert_eq!((config.grid, config.conditioning[0].grid), ([4, 4], [2, 2]));
-    let error = load_prior(&run, "another", &Device::Cpu).unwrap_err().to_string();
+    let error = load_prior(&run, "another", &vq_ops::test_device()).unwrap_err().to_string();
     assert!(error.contains("another model") && error.contains("--model"), "{error}");
 }
 

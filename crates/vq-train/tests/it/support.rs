@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
-use candle_core::Device;
 use vq_train::{
     Event, MetricsFile, Observer, Outcome, Recipe, Result, RunFolder, Tokenizer, Trainer,
 };
@@ -44,7 +43,7 @@ pub(crate) fn recipe(more: &[&str]) -> Recipe {
 
 pub(crate) fn tokenizer(recipe: &Recipe) -> Result<Tokenizer> {
     let splits = recipe.data.open(recipe.model.image_size)?;
-    Tokenizer::new(recipe, &splits, &Device::Cpu)
+    Tokenizer::new(recipe, &splits, &vq_ops::test_device())
 }
 
 /// A trainer for a new run, with its metrics file.

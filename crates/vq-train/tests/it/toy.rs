@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
-use candle_core::{Device, Var};
+use candle_core::Var;
 use vq_train::{
     Evaluation, Figures, Forward, Metrics, Result, TrainConfig, Trainable, Trainer, Update,
     read_progress,
@@ -20,8 +20,9 @@ struct Toy {
 
 impl Toy {
     fn new(scale: f64) -> Self {
-        let var =
-            |values: &[f32]| Var::from_slice(values, (2, values.len() / 2), &Device::Cpu).unwrap();
+        let var = |values: &[f32]| {
+            Var::from_slice(values, (2, values.len() / 2), &vq_ops::test_device()).unwrap()
+        };
         let parameters = BTreeMap::from([
             ("codebook".to_owned(), var(&[0.5, 0.5])),
             ("unused".to_owned(), var(&[3.0, 4.0])),

@@ -4,7 +4,6 @@ use std::fs;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use candle_core::Device;
 use vq_train::{Error, Outcome, load_model, read_metrics, read_progress};
 
 use crate::support::{Memory, last, recipe, resumed, train, trainer};
@@ -47,7 +46,9 @@ fn learns_and_says_what_happens_in_order() {
     assert_eq!(text.lines().count(), names.len());
     let progress = read_progress(&run.path().join("last")).unwrap();
     assert_eq!((progress.step, progress.epoch, progress.history.len()), (40, 8, 8));
-    assert!(load_model(run.path(), &Device::Cpu).unwrap().codebooks_initialized().unwrap());
+    assert!(
+        load_model(run.path(), &vq_ops::test_device()).unwrap().codebooks_initialized().unwrap()
+    );
     // The newest and the best, which may be one.
     assert!(fs::read_dir(run.path().join("checkpoints")).unwrap().count() <= 2);
 }
@@ -226,7 +227,7 @@ fn every_quantizer_trains_and_reports_its_terms_and_each_of_its_codebooks() {
             let mean = each.iter().map(|p| p.ln()).sum::<f64>() / count as f64;
             assert!((perplexity.ln() - mean).abs() < 1e-9, "{test}");
         }
-        load_model(run.path(), &Device::Cpu).unwrap();
+        load_model(run.path(), &vq_ops::test_device()).unwrap();
     }
 }
 
@@ -242,7 +243,7 @@ fn a_quarter_of_a_million_implicit_codes_train() {
         assert_eq!(recipe.model.levels[0].quantizer.codebook_size, 262_144);
         let run = tempfile::tempdir().unwrap();
         train(&recipe, run.path());
-        let model = load_model(run.path(), &Device::Cpu).unwrap();
+        let model = load_model(run.path(), &vq_ops::test_device()).unwrap();
         let stored = model.tensors().values().map(candle_core::Tensor::elem_count).max().unwrap();
         assert!(stored < 10_000, "{stored}");
     }
