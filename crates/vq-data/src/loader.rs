@@ -34,6 +34,14 @@ impl Default for LoaderOptions {
     }
 }
 
+impl LoaderOptions {
+    /// For judging: every image once, in its order, as it is.
+    pub fn in_order(batch_size: usize) -> Self {
+        let seed = Self::default().seed;
+        Self { batch_size, shuffle: false, flip: false, drop_last: false, seed, prefetch: 2 }
+    }
+}
+
 /// Images to train on or to judge by.
 #[derive(Clone, Debug)]
 pub struct Batch {

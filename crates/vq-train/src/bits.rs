@@ -77,13 +77,7 @@ pub fn bits_per_dim(
         let problem = format!("must be {count}, one for each level, or none: got {}", priors.len());
         return Err(Error::config("the number of priors", problem));
     }
-    let options = LoaderOptions {
-        batch_size: batch_size.min(dataset.len()).max(1),
-        shuffle: false,
-        drop_last: false,
-        prefetch: 2,
-        ..LoaderOptions::default()
-    };
+    let options = LoaderOptions::in_order(batch_size.min(dataset.len()).max(1));
     let loader = Loader::new(dataset.clone(), data_normalization(&config.normalization), options)?;
     let (mut images, mut pixels, mut levels) = (0, 0.0, vec![0.0; count]);
     for batch in loader.epoch(0, 0) {

@@ -55,14 +55,7 @@ pub fn evaluate(
     let loader = Loader::new(
         dataset.clone(),
         data_normalization(normalization),
-        LoaderOptions {
-            batch_size: options.batch_size.min(dataset.len()).max(1),
-            shuffle: false,
-            flip: false,
-            drop_last: false,
-            seed: 0,
-            prefetch: 2,
-        },
+        LoaderOptions::in_order(options.batch_size.min(dataset.len()).max(1)),
     )?;
     let mut tally = Tally::new(model, dataset.len(), options.samples);
     for batch in loader.epoch(0, 0) {

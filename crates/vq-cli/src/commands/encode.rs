@@ -99,14 +99,7 @@ pub(super) fn loader(
     let normalization = &model.config().normalization;
     let normalization =
         Normalization { mean: normalization.mean.clone(), std: normalization.std.clone() };
-    let options = LoaderOptions {
-        batch_size,
-        shuffle: false,
-        flip: false,
-        drop_last: false,
-        ..LoaderOptions::default()
-    };
-    Ok(Loader::new(dataset, normalization, options)?)
+    Ok(Loader::new(dataset, normalization, LoaderOptions::in_order(batch_size))?)
 }
 
 fn parse_count(text: &str) -> std::result::Result<usize, String> {
