@@ -5,6 +5,7 @@ use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Te
 use rayon::prelude::*;
 
 use crate::dispatch::on_cpu;
+use crate::storage::f32_elements;
 
 /// The value of `b` with the gradient of `a`: ∂/∂a = the gradient of the result, ∂/∂b = 0. Equal shapes.
 pub fn replace_value(a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -60,7 +61,7 @@ impl CustomOp1 for ChannelsFirst {
 
     fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
         let (batch, a, b, c) = layout.shape().dims4()?;
-        let values = elements(x, layout)?;
+        let values = f32_elements(x, layout)?;
         // One matrix [rows, columns] per image, to be transposed.
         let (rows, columns, shape) =
             if self.back { (a, b * c, (batch, b, c, a)) } else { (a * b, c, (batch, c, a, b)) };
@@ -96,7 +97,7 @@ impl CustomOp2 for ReplaceValue {
         if a_layout.shape() != b_layout.shape() {
             bail!("shapes differ: {:?} and {:?}", a_layout.shape(), b_layout.shape());
         }
-        Ok((CpuStorage::F32(elements(b, b_layout)?.to_vec()), b_layout.shape().clone()))
+        Ok((CpuStorage::F32(f32_elements(b, b_layout)?.to_vec()), b_layout.shape().clone()))
     }
 
     fn bwd(
@@ -125,7 +126,7 @@ impl CustomOp2 for SquaredError {
         if a_layout.shape() != b_layout.shape() {
             bail!("shapes differ: {:?} and {:?}", a_layout.shape(), b_layout.shape());
         }
-        let (a, b) = (elements(a, a_layout)?, elements(b, b_layout)?);
+        let (a, b) = (f32_elements(a, a_layout)?, f32_elements(b, b_layout)?);
         let ((a_chunks, a_rest), (b_chunks, b_rest)) = (a.as_chunks::<8>(), b.as_chunks::<8>());
         // Eight sums, so that they fill vector registers.
         let mut sums = [0f64; 8];
@@ -172,21 +173,9 @@ impl CustomOp2 for ScaledDifference {
         b: &CpuStorage,
         b_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let pairs = elements(a, a_layout)?.iter().zip(elements(b, b_layout)?);
+        let pairs = f32_elements(a, a_layout)?.iter().zip(f32_elements(b, b_layout)?);
         let values = pairs.map(|(a, b)| (a - b) * self.0).collect();
         Ok((CpuStorage::F32(values), a_layout.shape().clone()))
-    }
-}
-
-/// The elements of a contiguous f32 tensor.
-fn elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
-    let values = match layout.contiguous_offsets() {
-        Some((start, end)) => storage.as_slice::<f32>()?.get(start..end),
-        None => None,
-    };
-    match values {
-        Some(values) => Ok(values),
-        None => bail!("needs a contiguous tensor"),
     }
 }
 

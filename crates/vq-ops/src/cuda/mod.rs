@@ -12,7 +12,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::cuda::cudarc::cudnn::CudnnDataType;
 use candle_core::cuda::cudarc::driver::{
-    CudaFunction, CudaView, DevicePtr, DeviceRepr, LaunchConfig,
+    CudaFunction, CudaView, DevicePtr, DeviceRepr, LaunchConfig, result, sys,
 };
 use candle_core::cuda::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::cuda::{CudaDType, DeviceId, WrapErr};
@@ -41,10 +41,40 @@ pub(crate) fn set_strict(strict: bool) {
     STRICT_F32.store(strict, Ordering::Relaxed);
 }
 
-/// Compiles the kernels and opens cuDNN, so that what is missing is missed now.
+/// Compiles the kernels and opens cuDNN, so that what is missing is missed now; and lets the device keep the
+/// memory that was freed, and make no events for each allocation.
 pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
+    // SAFETY: everything runs in the order of one queue per thread, and whoever hands a tensor to another
+    // thread waits for its queue first, as the loader does: events would order nothing more.
+    #[allow(unsafe_code)]
+    unsafe {
+        device.disable_event_tracking();
+    }
+    keep_memory(device)?;
     function(device, "pack_weight_f32")?;
     convolution::prepare(device)
+}
+
+/// Without this the pool gives all free memory back to the driver whenever somebody waits for the device.
+fn keep_memory(device: &CudaDevice) -> Result<()> {
+    let stream = device.cuda_stream();
+    let context = stream.context();
+    if !context.has_async_alloc() {
+        return Ok(());
+    }
+    let mut threshold = u64::MAX;
+    // SAFETY: the device is the context's, the pool is the device's, and this attribute is an u64.
+    #[allow(unsafe_code)]
+    let set = unsafe {
+        result::device::get_mem_pool(context.cu_device()).and_then(|pool| {
+            result::mem_pool::set_attribute(
+                pool,
+                sys::CUmemPool_attribute::CU_MEMPOOL_ATTR_RELEASE_THRESHOLD,
+                (&raw mut threshold).cast(),
+            )
+        })
+    };
+    set.w()
 }
 
 /// Types of a feature map's elements.
@@ -103,8 +133,20 @@ pub(crate) use launch;
 
 /// The kernel of that name.
 pub(crate) fn function(device: &CudaDevice, name: &str) -> Result<CudaFunction> {
+    type Functions = HashMap<DeviceId, HashMap<String, CudaFunction>>;
+    static FOUND: RwLock<Option<Functions>> = RwLock::new(None);
+    let found = FOUND.read().unwrap_or_else(PoisonError::into_inner);
+    let known = found.as_ref().and_then(|found| found.get(&device.id())?.get(name));
+    if let Some(function) = known {
+        return Ok(function.clone());
+    }
+    drop(found);
     let function = device.get_or_load_custom_func(name, MODULE, &ptx(device)?)?;
-    Ok(function.into_cuda_function())
+    let function = function.into_cuda_function();
+    let mut found = FOUND.write().unwrap_or_else(PoisonError::into_inner);
+    let of_device = found.get_or_insert_default().entry(device.id()).or_default();
+    of_device.insert(name.to_owned(), function.clone());
+    Ok(function)
 }
 
 /// The kernels, compiled once per device.
