@@ -49,4 +49,4 @@ pub use quantizer::{
 pub use quantizer_config::{CodebookRule, GradientEstimator, QuantizerConfig, QuantizerKind};
 pub use random::Stream;
 pub use store::{CONFIG_FILE, MODEL_FILE};
-pub use vq_ops::{PixelDistribution, Precision};
+pub use vq_ops::{PixelDistribution, Precision, StepNumber};

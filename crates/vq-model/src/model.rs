@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{D, DType, Device, Tensor, Var};
-use vq_ops::{Precision, channels_first, channels_last};
+use vq_ops::{Precision, StepNumber, channels_first, channels_last};
 
 use crate::level::Level;
 use crate::likelihood::{judge, means};
@@ -296,6 +296,44 @@ impl VqVae {
             reports.extend(level.quantizer.update(z_e, codes, options, step)?);
         }
         Ok(reports)
+    }
+
+    /// Whether a training step gives the device the same work every time, so that it can be
+    /// [recorded](vq_ops::Recording): not where a level's quantizer is `product` or `residual`.
+    /// [`update_codebooks`](Self::update_codebooks) is then [`follow_codes`](Self::follow_codes), which is part of that
+    /// work, and [`revive_codes`](Self::revive_codes), which is not.
+    pub fn repeats(&self) -> bool {
+        self.levels.iter().all(|level| level.quantizer.repeats())
+    }
+
+    /// The part of [`update_codebooks`](Self::update_codebooks) that moves code vectors by what was assigned to
+    /// them in that step (from 1). On CUDA it does not wait for the device.
+    pub fn follow_codes(
+        &self,
+        z_e: &[Tensor],
+        codes: &Codes,
+        step: StepNumber<'_>,
+    ) -> Result<()> {
+        self.one_per_level(z_e.len(), "vectors")?;
+        self.one_per_level(codes.levels.len(), "codes")?;
+        let mut levels = self.levels.iter().zip(z_e).zip(&codes.levels);
+        levels.try_for_each(|((level, z_e), codes)| level.quantizer.follow(z_e, codes, step))
+    }
+
+    /// The other part, after it: revives dead codes. Per codebook that is looked after, the name of its
+    /// parameter, where it is trained by gradients, and the codes that were moved.
+    pub fn revive_codes(
+        &self,
+        z_e: &[Tensor],
+        options: &CodebookUpdate,
+        step: u64,
+    ) -> Result<Vec<(Option<String>, Vec<usize>)>> {
+        self.one_per_level(z_e.len(), "vectors")?;
+        let mut revived = Vec::new();
+        for (level, z_e) in self.levels.iter().zip(z_e) {
+            revived.extend(level.quantizer.revive(z_e, options, step)?);
+        }
+        Ok(revived)
     }
 
     fn run(&self, images: &Tensor, tracked: bool, step: Option<TrainingStep>) -> Result<Output> {

@@ -3,6 +3,7 @@
 mod stored;
 
 use serde::{Deserialize, Serialize};
+use vq_ops::AverageRule;
 
 use self::stored::Stored;
 use crate::config::within;
@@ -253,8 +254,17 @@ impl QuantizerConfig {
 
     /// γ of the moving averages at that step, from 1; see [`QuantizerConfig::decay_warmup`].
     pub fn decay_at(&self, step: u64) -> f64 {
-        let step = step.max(1) as f64;
-        self.decay.min(step / (step + self.decay_warmup))
+        self.average_rule().decay_at(step)
+    }
+
+    /// How a codebook follows its moving averages.
+    pub(crate) fn average_rule(&self) -> AverageRule {
+        AverageRule {
+            decay: self.decay,
+            warmup: self.decay_warmup,
+            epsilon: self.epsilon,
+            cosine: self.cosine,
+        }
     }
 
     pub(crate) fn validate(&self, prefix: &str) -> Result<()> {

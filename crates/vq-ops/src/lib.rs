@@ -14,6 +14,7 @@
 // A match that names both cases reads better than `if let … else` across several lines.
 #![allow(clippy::single_match_else)]
 
+mod codebook_average;
 pub mod composed;
 mod conv;
 mod cpu;
@@ -41,12 +42,16 @@ mod precision;
 mod primitives;
 #[cfg(feature = "process")]
 pub mod process;
+mod recording;
 mod shift;
 mod softmax;
 mod stack;
 mod storage;
 mod swiglu;
 
+pub use codebook_average::{
+    AverageRule, CodebookAverages, StepNumber, average_codebook,
+};
 pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
 #[doc(hidden)]
 pub use device::test_device;
@@ -60,12 +65,13 @@ pub use matmul::matmul_transposed;
 pub use nearest::{code_statistics, nearest_codes};
 pub use norm::rms_norm;
 pub use optimizer::{
-    AdamWSlot, AdamWStep, adamw_step, adamw_steps, norm_and_scale, sum_of_squares,
+    AdamWSlot, AdamWStep, adamw_step, adamw_steps, adamw_steps_by, norm_and_scale, sum_of_squares,
 };
 pub use packed_linear::PackedLinear;
 pub use pixels::{LOG_SCALES, Logistic, PixelDistribution, pixel_likelihood};
 pub use pointwise::{channels_first, channels_last, replace_value, squared_error};
 pub use precision::Precision;
+pub use recording::{Recording, can_record, rehearse};
 pub use shift::shift;
 pub use softmax::{attention_weights, cross_entropy};
 pub use stack::{Layer, Stack};

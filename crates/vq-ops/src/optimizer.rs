@@ -30,6 +30,28 @@ pub struct AdamWStep {
     pub ema_decay: Option<f64>,
 }
 
+impl AdamWStep {
+    /// How many [`numbers`](Self::numbers) there are.
+    pub const NUMBERS: usize = 8;
+
+    /// What the step's arithmetic takes: for [`adamw_steps_by`].
+    pub fn numbers(&self) -> [f32; Self::NUMBERS] {
+        let correction1 = 1. - self.beta1.powf(self.step as f64);
+        let correction2 = 1. - self.beta2.powf(self.step as f64);
+        [
+            self.grad_scale,
+            self.beta1,
+            self.beta2,
+            self.lr / correction1,
+            1. / correction2.sqrt(),
+            self.eps,
+            1. - self.ema_decay.unwrap_or(1.),
+            1. - self.lr * self.weight_decay,
+        ]
+        .map(|number| number as f32)
+    }
+}
+
 /// What one tensor brings to a step: all f32, contiguous and of one shape.
 #[derive(Clone, Copy, Debug)]
 pub struct AdamWSlot<'a> {
@@ -82,6 +104,49 @@ pub fn adamw_steps(
     step: &AdamWStep,
     scale: Option<&Tensor>,
 ) -> Result<()> {
+    let grads = checked_gradients(slots)?;
+    let slots: Vec<AdamWSlot<'_>> = slots
+        .iter()
+        .zip(&grads)
+        .map(|(slot, grad)| AdamWSlot { grad, ema: slot.ema.filter(|_| step.ema_decay.is_some()), ..*slot })
+        .collect();
+    let Some(first) = slots.first() else { return Ok(()) };
+    #[cfg(feature = "cuda")]
+    if on_cuda(first.param.device()) {
+        let numbers = Tensor::new(&step.numbers(), first.param.device())?;
+        return crate::cuda::training::adamw(&slots, &numbers, scale);
+    }
+    if !on_cpu(first.param.device()) {
+        return slots.iter().try_for_each(|slot| composed(slot, step, scale));
+    }
+    let factor = match scale {
+        Some(scale) => f64::from(scale.flatten_all()?.get(0)?.to_scalar::<f32>()?),
+        None => 1.,
+    };
+    let step = AdamWStep { grad_scale: step.grad_scale * factor, ..*step };
+    slots.iter().try_for_each(|slot| on_the_cpu(slot, &step))
+}
+
+/// [`adamw_steps`] by the numbers of an [`AdamWStep`] that lie on the device, f32 `[8]`: so that a
+/// [recorded](crate::Recording) step can be repeated with the numbers of another. On CUDA only.
+pub fn adamw_steps_by(
+    slots: &[AdamWSlot<'_>],
+    numbers: &Tensor,
+    scale: Option<&Tensor>,
+) -> Result<()> {
+    let grads = checked_gradients(slots)?;
+    let slots: Vec<AdamWSlot<'_>> =
+        slots.iter().zip(&grads).map(|(slot, grad)| AdamWSlot { grad, ..*slot }).collect();
+    #[cfg(feature = "cuda")]
+    if slots.first().is_some_and(|first| on_cuda(first.param.device())) {
+        return crate::cuda::training::adamw(&slots, numbers, scale);
+    }
+    let _ = (slots, numbers, scale);
+    bail!("AdamW takes its numbers from the device on CUDA only")
+}
+
+/// The slots' gradients, contiguous; an error where something does not fit.
+fn checked_gradients(slots: &[AdamWSlot<'_>]) -> Result<Vec<Tensor>> {
     let mut grads = Vec::with_capacity(slots.len());
     for slot in slots {
         let AdamWSlot { param, grad, first_moment, second_moment, ema, .. } = *slot;
@@ -98,22 +163,7 @@ pub fn adamw_steps(
         }
         grads.push(grad.detach().contiguous()?);
     }
-    let slots: Vec<AdamWSlot<'_>> =
-        slots.iter().zip(&grads).map(|(slot, grad)| AdamWSlot { grad, ..*slot }).collect();
-    let Some(first) = slots.first() else { return Ok(()) };
-    #[cfg(feature = "cuda")]
-    if on_cuda(first.param.device()) {
-        return crate::cuda::training::adamw(&slots, step, scale);
-    }
-    if !on_cpu(first.param.device()) {
-        return slots.iter().try_for_each(|slot| composed(slot, step, scale));
-    }
-    let factor = match scale {
-        Some(scale) => f64::from(scale.flatten_all()?.get(0)?.to_scalar::<f32>()?),
-        None => 1.,
-    };
-    let step = AdamWStep { grad_scale: step.grad_scale * factor, ..*step };
-    slots.iter().try_for_each(|slot| on_the_cpu(slot, &step))
+    Ok(grads)
 }
 
 fn on_the_cpu(slot: &AdamWSlot<'_>, step: &AdamWStep) -> Result<()> {

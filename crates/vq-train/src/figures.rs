@@ -47,22 +47,49 @@ impl Figures {
 
     /// The terms in their order, and one histogram per level.
     pub fn read(&self) -> Result<(Metrics, Vec<Usage>)> {
-        let mut metrics = Metrics::new();
-        if !self.terms.is_empty() {
-            let flat = self.terms.iter().map(|term| term.value.flatten_all());
-            let flat = flat.collect::<candle_core::Result<Vec<_>>>()?;
-            // One copy from the device.
-            let values = Tensor::cat(&flat, 0)?.to_vec1::<f32>()?;
-            for (term, value) in self.terms.iter().zip(values) {
-                metrics.set(&term.name, f64::from(value) / term.divisor);
-            }
+        // One copy from the device.
+        let values =
+            if self.terms.is_empty() { Vec::new() } else { self.values()?.to_vec1::<f32>()? };
+        let codes = self.codes().map(|codes| codes.flatten_all()?.to_vec1::<u32>());
+        let codes: Vec<Vec<u32>> = codes.collect::<candle_core::Result<_>>()?;
+        Ok(self.with_values(&values, codes.iter().map(Vec::as_slice)))
+    }
+
+    /// The terms side by side, not divided yet: `[n]`.
+    pub(crate) fn values(&self) -> Result<Tensor> {
+        let flat = self.terms.iter().map(|term| term.value.flatten_all());
+        Ok(Tensor::cat(&flat.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
+    }
+
+    /// The codes of each level.
+    pub(crate) fn codes(&self) -> impl Iterator<Item = &Tensor> {
+        self.codes.iter().map(|(_, codes)| codes)
+    }
+
+    /// Copies the codes to a storage of their own.
+    pub(crate) fn own_codes(&mut self) -> Result<()> {
+        for (_, codes) in &mut self.codes {
+            *codes = codes.contiguous()?.copy()?;
         }
-        let count = |(usage, codes): &(Usage, Tensor)| {
+        Ok(())
+    }
+
+    /// What [`read`](Self::read) gives where these are the terms and the codes.
+    pub(crate) fn with_values<'a>(
+        &self,
+        values: &[f32],
+        codes: impl Iterator<Item = &'a [u32]>,
+    ) -> (Metrics, Vec<Usage>) {
+        let mut metrics = Metrics::new();
+        for (term, &value) in self.terms.iter().zip(values) {
+            metrics.set(&term.name, f64::from(value) / term.divisor);
+        }
+        let count = |((usage, _), codes): (&(Usage, Tensor), &[u32])| {
             let mut usage = usage.clone();
-            usage.count(&codes.flatten_all()?.to_vec1::<u32>()?);
-            Ok(usage)
+            usage.count(codes);
+            usage
         };
-        Ok((metrics, self.codes.iter().map(count).collect::<Result<_>>()?))
+        (metrics, self.codes.iter().zip(codes).map(count).collect())
     }
 }
 

@@ -82,5 +82,5 @@ pub use schedule::{Schedule, learning_rate};
 pub use ssim::ssim;
 pub use state::{Progress, Running, TRAINING_FILE, read_progress};
 pub use tokenizer::{Part, Residue, Tokenizer};
-pub use trainable::{Advice, Evaluation, Forward, Samples, Trainable, Update};
+pub use trainable::{Advice, Evaluation, Forward, Repeats, Samples, Trainable, Update};
 pub use trainer::{Outcome, Trainer};

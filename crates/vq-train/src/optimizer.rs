@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Tensor, Var};
-use vq_ops::{AdamWSlot, AdamWStep, adamw_steps, sum_of_squares};
+use candle_core::{DType, Device, Tensor, Var};
+use vq_ops::{AdamWSlot, AdamWStep, adamw_steps, adamw_steps_by, sum_of_squares};
 
 use crate::{Result, TrainConfig};
 
@@ -43,6 +43,62 @@ impl Optimizer {
         (step, lr): (u64, f64),
         clip: &Clip,
     ) -> Result<()> {
+        let slots = self.slots(parameters, decays, gradients);
+        let (grad_scale, scale) = match clip {
+            Clip::Known(scale) => (*scale, None),
+            Clip::Waiting(scale) => (1.0, Some(scale)),
+        };
+        let settings = AdamWStep { grad_scale, ..self.settings(config, (step, lr)) };
+        Ok(adamw_steps(&slots, &settings, scale)?)
+    }
+
+    /// [`step`](Self::step) by numbers that lie on the device, as [`set_numbers`](Self::set_numbers) put
+    /// them there.
+    pub(crate) fn step_by(
+        &self,
+        parameters: &Parameters,
+        decays: impl Fn(&str, &Var) -> bool,
+        gradients: &GradStore,
+        numbers: &Numbers,
+        scale: &Tensor,
+    ) -> Result<()> {
+        let slots = self.slots(parameters, decays, gradients);
+        Ok(adamw_steps_by(&slots, &numbers.adamw, Some(scale))?)
+    }
+
+    /// Brings a step's numbers to the device.
+    pub(crate) fn set_numbers(
+        &self,
+        numbers: &Numbers,
+        config: &TrainConfig,
+        (step, lr): (u64, f64),
+    ) -> Result<()> {
+        let device = numbers.adamw.device();
+        let settings = Tensor::new(&self.settings(config, (step, lr)).numbers(), device)?;
+        numbers.adamw.slice_set(&settings, 0, 0)?;
+        let step = Tensor::new(&[u32::try_from(step).unwrap_or(u32::MAX)], device)?;
+        Ok(numbers.step.slice_set(&step, 0, 0)?)
+    }
+
+    fn settings(&self, config: &TrainConfig, (step, lr): (u64, f64)) -> AdamWStep {
+        AdamWStep {
+            lr,
+            beta1: config.beta1,
+            beta2: config.beta2,
+            eps: config.eps,
+            weight_decay: config.weight_decay,
+            step,
+            grad_scale: 1.0,
+            ema_decay: self.averages.as_ref().map(|_| average_decay(config.weight_ema, step)),
+        }
+    }
+
+    fn slots<'a>(
+        &'a self,
+        parameters: &'a Parameters,
+        decays: impl Fn(&str, &Var) -> bool,
+        gradients: &'a GradStore,
+    ) -> Vec<AdamWSlot<'a>> {
         let mut slots = Vec::with_capacity(parameters.len());
         for (name, var) in parameters {
             let Some(gradient) = gradients.get(var) else { continue };
@@ -59,21 +115,7 @@ impl Optimizer {
                 decays: decays(name, var),
             });
         }
-        let (grad_scale, scale) = match clip {
-            Clip::Known(scale) => (*scale, None),
-            Clip::Waiting(scale) => (1.0, Some(scale)),
-        };
-        let settings = AdamWStep {
-            lr,
-            beta1: config.beta1,
-            beta2: config.beta2,
-            eps: config.eps,
-            weight_decay: config.weight_decay,
-            step,
-            grad_scale,
-            ema_decay: self.averages.as_ref().map(|_| average_decay(config.weight_ema, step)),
-        };
-        Ok(adamw_steps(&slots, &settings, scale)?)
+        slots
     }
 
     /// Forgets the moments of rows that were set anew, and sets their average to the new value.
@@ -159,6 +201,26 @@ impl Optimizer {
             }
         }
         Ok(Ok(restored))
+    }
+}
+
+/// What changes from step to step, on the device.
+pub(crate) struct Numbers {
+    /// [`AdamWStep::numbers`]
+    adamw: Tensor,
+    /// u32 `[1]`
+    step: Tensor,
+}
+
+impl Numbers {
+    pub(crate) fn new(device: &Device) -> Result<Self> {
+        let adamw = Tensor::zeros(AdamWStep::NUMBERS, DType::F32, device)?;
+        Ok(Self { adamw, step: Tensor::zeros(1, DType::U32, device)? })
+    }
+
+    /// The step's number, u32 `[1]`.
+    pub(crate) fn step(&self) -> &Tensor {
+        &self.step
     }
 }
 

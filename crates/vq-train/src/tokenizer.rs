@@ -7,7 +7,7 @@ use std::sync::atomic::AtomicBool;
 
 use candle_core::{Device, Tensor, Var};
 use vq_data::{Batch, Dataset, Loader, LoaderOptions, Splits};
-use vq_model::{CodebookUpdate, Codes, Config, QuantizerKind, TrainingStep, VqVae};
+use vq_model::{CodebookUpdate, Codes, Config, QuantizerKind, StepNumber, TrainingStep, VqVae};
 
 use crate::device_images::DeviceImages;
 use crate::evaluate::{data_normalization, empty_usage};
@@ -16,7 +16,7 @@ use crate::metrics::level_name;
 use crate::recipe_toml::first_difference;
 use crate::{
     Advice, EpochRecord, Error, EvaluateOptions, Evaluation, Forward, Recipe, Result, TrainConfig,
-    Trainable, Update, doctor, evaluate,
+    Repeats, Trainable, Update, doctor, evaluate,
 };
 
 /// A VQ-VAE with its data and its loss.
@@ -112,11 +112,44 @@ impl Tokenizer {
         is_one.then(|| level_name("code_distance", level))
     }
 
+    fn codebook_update(&self) -> CodebookUpdate {
+        CodebookUpdate {
+            revive_threshold: self.config.revival.threshold,
+            seed: self.config.seed,
+        }
+    }
+
     /// Vectors that each level quantizes in a step.
     fn tokens_per_step(&self) -> Result<Vec<usize>> {
         let [height, width] = self.model.config().image_size;
         let grids = self.model.config().grids(height, width)?;
         Ok(grids.iter().map(|[h, w]| h * w * self.config.batch_size).collect())
+    }
+}
+
+impl Repeats<Part, Residue> for Tokenizer {
+    fn batch_tensors<'a>(&self, batch: &'a mut Part) -> Vec<&'a mut Tensor> {
+        vec![&mut batch.images]
+    }
+
+    fn residue_tensors<'a>(&self, residue: &'a mut Residue) -> Vec<&'a mut Tensor> {
+        residue.z_e.iter_mut().chain(&mut residue.codes.levels).collect()
+    }
+
+    fn follow(&self, residue: &Residue, step: StepNumber<'_>) -> Result<()> {
+        Ok(self.model.follow_codes(&residue.z_e, &residue.codes, step)?)
+    }
+
+    fn revive(&self, residue: &Residue, step: u64) -> Result<Update> {
+        let mut update = Update::default();
+        let options = self.codebook_update();
+        for (parameter, codes) in self.model.revive_codes(&residue.z_e, &options, step)? {
+            update.revived += codes.len();
+            if let Some(parameter) = parameter.filter(|_| !codes.is_empty()) {
+                update.reset_rows.push((parameter, codes));
+            }
+        }
+        Ok(update)
     }
 }
 
@@ -221,10 +254,7 @@ impl Trainable for Tokenizer {
     }
 
     fn update(&mut self, residue: Residue, step: u64) -> Result<Update> {
-        let options = CodebookUpdate {
-            revive_threshold: self.config.revival.threshold,
-            seed: self.config.seed,
-        };
+        let options = self.codebook_update();
         let reports = self.model.update_codebooks(&residue.z_e, &residue.codes, &options, step)?;
         let mut update = Update::default();
         for report in reports {
@@ -236,6 +266,10 @@ impl Trainable for Tokenizer {
             }
         }
         Ok(update)
+    }
+
+    fn repeats(&self) -> Option<&dyn Repeats<Part, Residue>> {
+        if self.model.repeats() { Some(self) } else { None }
     }
 
     fn evaluate(&self, stop: &AtomicBool) -> Result<Option<Evaluation>> {

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::sync::atomic::AtomicBool;
 
 use candle_core::{Tensor, Var};
+use vq_ops::StepNumber;
 
 use crate::{EpochRecord, Figures, Metrics, Result, Usage};
 
@@ -60,6 +61,13 @@ pub trait Trainable {
     /// Called after the optimizer's step (numbered from 1), e.g. to move an EMA codebook.
     fn update(&mut self, residue: Self::Residue, step: u64) -> Result<Update>;
 
+    /// How a step can be recorded once and repeated, where each gives the device the same work: the same
+    /// operations on tensors of the same shapes, with no number of its own but what [`Repeats`] takes from the
+    /// device. [`update`](Self::update) is then [`Repeats::follow`] and [`Repeats::revive`].
+    fn repeats(&self) -> Option<&dyn Repeats<Self::Batch, Self::Residue>> {
+        None
+    }
+
     /// Judges the model on the test split; `None` if `stop` was raised meanwhile.
     fn evaluate(&self, stop: &AtomicBool) -> Result<Option<Evaluation>>;
 
@@ -95,6 +103,21 @@ pub trait Trainable {
 
     /// Takes the model from a folder that [`save`](Self::save) wrote. Changes nothing on an error.
     fn load(&mut self, folder: &Path) -> Result<()>;
+}
+
+/// What repeating a step takes, of a [`Trainable`] with batches `B` and residues `R`.
+pub trait Repeats<B, R> {
+    /// All tensors of a batch, always in the same order.
+    fn batch_tensors<'a>(&self, batch: &'a mut B) -> Vec<&'a mut Tensor>;
+
+    /// All tensors of a residue, always in the same order.
+    fn residue_tensors<'a>(&self, residue: &'a mut R) -> Vec<&'a mut Tensor>;
+
+    /// The part of an update that is the same work in every step and does not wait for the device.
+    fn follow(&self, residue: &R, step: StepNumber<'_>) -> Result<()>;
+
+    /// The other part, after it, of a step (from 1).
+    fn revive(&self, residue: &R, step: u64) -> Result<Update>;
 }
 
 /// What could be better, and how.

@@ -4,6 +4,7 @@ mod accumulate;
 mod codebooks;
 mod pending;
 mod persist;
+mod recorded;
 mod report;
 
 use std::path::PathBuf;
@@ -15,14 +16,15 @@ use candle_core::Tensor;
 use candle_core::backprop::GradStore;
 
 use self::accumulate::Learned;
-use self::pending::{Norm, Pending, read_every};
+use self::pending::{Norm, PartOfStep, Pending, read_every};
+use self::recorded::{Ledger, Repeating};
 use self::report::{COLLAPSE_WINDOW, Clock, emit};
 use crate::optimizer::{Clip, Optimizer, clip_scale, gradient_norm, norm_and_scale};
 use crate::schedule::learning_rate;
 use crate::state::Progress;
 use crate::{
     Best, Checkpoints, EpochFinished, EpochRecord, Error, Evaluation, Event, Metrics, Observer,
-    Result, RunStarted, TrainConfig, Trainable, WarningKind,
+    Result, RunStarted, TrainConfig, Trainable, Update, WarningKind,
 };
 
 /// Trains a [`Trainable`]: steps, evaluations, checkpoints; says what happens to its observers.
@@ -48,6 +50,9 @@ pub struct Trainer<T: Trainable> {
     pending: Vec<Pending>,
     /// Steps that are reported together.
     read_every: usize,
+    repeating: Repeating<T>,
+    /// Where repeated steps leave their figures.
+    ledger: Option<Ledger>,
 }
 
 /// How a run ended.
@@ -80,6 +85,8 @@ impl<T: Trainable> Trainer<T> {
             saved_at: None,
             warnings: Vec::new(),
             clock: Clock::new(),
+            repeating: Repeating::Waiting,
+            ledger: None,
             task,
         })
     }
@@ -96,6 +103,14 @@ impl<T: Trainable> Trainer<T> {
     #[must_use]
     pub fn with_read_interval(mut self, steps: usize) -> Self {
         self.read_every = steps.max(1);
+        self
+    }
+
+    /// Runs every step by itself, also where the device could [repeat](crate::Repeats) a recorded one. Changes
+    /// nothing but the speed.
+    #[must_use]
+    pub fn without_recording(mut self) -> Self {
+        self.repeating = Repeating::Off;
         self
     }
 
@@ -152,6 +167,7 @@ impl<T: Trainable> Trainer<T> {
 
     fn step(&mut self, batch: T::Batch) -> Result<()> {
         let step = self.progress.step + 1;
+        let Some(batch) = self.repeat(batch, step)? else { return Ok(()) };
         let Learned { gradients, parts, residue } = self.learn(batch, step)?;
         let (norm, clip) = self.clip(&gradients, step)?;
         let lr = learning_rate(&self.config, self.progress.step, self.total_steps());
@@ -165,6 +181,18 @@ impl<T: Trainable> Trainer<T> {
         )?;
         // The codebooks move last: the losses were those of the codes that the batch was given.
         let update = self.task.update(residue, step)?;
+        self.finish(step, lr, parts, norm, &update)
+    }
+
+    /// What comes after a step's work.
+    fn finish(
+        &mut self,
+        step: u64,
+        lr: f64,
+        parts: Vec<PartOfStep>,
+        norm: Norm,
+        update: &Update,
+    ) -> Result<()> {
         for (name, rows) in &update.reset_rows {
             self.optimizer.reset_rows(self.task.parameters(), name, rows)?;
         }

@@ -13,6 +13,7 @@ mod update;
 mod vector;
 
 use candle_core::Tensor;
+use vq_ops::StepNumber;
 
 pub use estimator::{rotation, straight_through};
 pub use update::{CodebookReport, CodebookUpdate};
@@ -87,6 +88,32 @@ pub trait Quantizer: std::fmt::Debug + Send + Sync {
         step: u64,
     ) -> Result<Vec<CodebookReport>> {
         let _ = (z_e, codes, options, step);
+        Ok(Vec::new())
+    }
+
+    /// Whether a training step gives the device the same work every time, whatever the step, so that it can be
+    /// [recorded](vq_ops::Recording). [`update`](Self::update) is then [`follow`](Self::follow), which is part
+    /// of that work, and [`revive`](Self::revive), which is not.
+    fn repeats(&self) -> bool {
+        true
+    }
+
+    /// The part of [`update`](Self::update) that moves code vectors by what was assigned to them, without
+    /// waiting for the device. Does nothing with the kinds that have none.
+    fn follow(&self, z_e: &Tensor, codes: &Tensor, step: StepNumber<'_>) -> Result<()> {
+        let _ = (z_e, codes, step);
+        Ok(())
+    }
+
+    /// The other part: revives dead codes. Per codebook that is looked after, the name of its parameter, where
+    /// it is one, and the codes that were moved.
+    fn revive(
+        &self,
+        z_e: &Tensor,
+        options: &CodebookUpdate,
+        step: u64,
+    ) -> Result<Vec<(Option<String>, Vec<usize>)>> {
+        let _ = (z_e, options, step);
         Ok(Vec::new())
     }
 }

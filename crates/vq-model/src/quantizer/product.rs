@@ -110,6 +110,11 @@ impl Quantizer for ProductQuantizer {
         all_initialized(&self.parts)
     }
 
+    /// Its update is that of its parts, as a whole.
+    fn repeats(&self) -> bool {
+        false
+    }
+
     fn update(
         &self,
         z_e: &Tensor,

@@ -166,6 +166,11 @@ impl Quantizer for ResidualQuantizer {
         all_initialized(&self.stages)
     }
 
+    /// What a part is given depends on where others were, so that the two halves of an update go together.
+    fn repeats(&self) -> bool {
+        false
+    }
+
     fn update(
         &self,
         z_e: &Tensor,

@@ -1,7 +1,7 @@
 //! Codebook maintenance after an optimizer's step: moving averages and the revival of dead codes.
 
 use candle_core::{Tensor, Var};
-use vq_ops::code_statistics;
+use vq_ops::{CodebookAverages, StepNumber, average_codebook, code_statistics};
 
 use super::VectorQuantizer;
 use super::kmeans::seed_rows;
@@ -56,11 +56,7 @@ impl CodebookReport {
     }
 }
 
-/// `z_e` `[…,D]` and its `codes` `[…]` under the codebook as it stands.
-///
-/// Rule `ema` (van den Oord et al. 2017, appendix A.1), with n and s the batch's counts and sums:
-/// N ← γN + (1 − γ)n, m ← γm + (1 − γ)s, e = m/Ñ. Ñ = (N + ε)/(ΣN + Kε)·ΣN smooths the division and is
-/// never kept. A code that was not chosen does not move. With `cosine`, z and e are of length 1.
+/// [`follow`] and then [`revive`]: `z_e` `[…,D]` and its `codes` `[…]` under the codebook as it stands.
 pub(super) fn update(
     quantizer: &VectorQuantizer,
     z_e: &Tensor,
@@ -68,40 +64,60 @@ pub(super) fn update(
     options: &CodebookUpdate,
     step: u64,
 ) -> Result<CodebookReport> {
+    let counts = follow(quantizer, z_e, codes, StepNumber::Known(step))?;
+    let revived = revive_if_due(quantizer, z_e, options, step)?;
+    Ok(report(quantizer, counts, revived))
+}
+
+/// Moves averages and codebook by what was assigned in a step: see [`average_codebook`]. How often each code
+/// was chosen, `[K]`. With `cosine`, z and e are of length 1.
+pub(super) fn follow(
+    quantizer: &VectorQuantizer,
+    z_e: &Tensor,
+    codes: &Tensor,
+    step: StepNumber<'_>,
+) -> Result<Tensor> {
     let z = quantizer.vectors(z_e)?;
     let codes = codes.flatten_all()?;
-    let (tokens, size) = (z.dim(0)?, quantizer.config.codebook_size);
+    let (tokens, config) = (z.dim(0)?, &quantizer.config);
     if codes.dim(0)? != tokens || tokens == 0 {
         let problem = format!("{}: {} codes for {tokens} vectors", quantizer.name, codes.dim(0)?);
         return Err(Error::Input(problem));
     }
-    let (counts, sums) = code_statistics(&z, &codes, size)?;
-    let decay = quantizer.config.decay_at(step);
-    average(&quantizer.usage, &counts, decay)?;
-    if let Some(averaged) = &quantizer.sums {
-        average(averaged, &sums, decay)?;
-        let usage = quantizer.usage.as_detached_tensor();
-        let smoothed = smooth(&usage, quantizer.config.epsilon)?;
-        let moved = averaged.as_detached_tensor().broadcast_div(&smoothed.unsqueeze(1)?)?;
-        let moved = quantizer.scaled(&moved)?;
-        let chosen = counts.gt(0.0)?.unsqueeze(1)?.broadcast_as(moved.shape())?.contiguous()?;
-        quantizer
-            .codebook
-            .set(&chosen.where_cond(&moved, &quantizer.codebook.as_detached_tensor())?)?;
+    let (counts, sums) = code_statistics(&z, &codes, config.codebook_size)?;
+    let vectors = quantizer.sums.as_ref().map(|m| (m.as_tensor(), quantizer.codebook.as_tensor()));
+    let averages = CodebookAverages { usage: quantizer.usage.as_tensor(), vectors };
+    average_codebook(averages, &counts, &sums, &config.average_rule(), step)?;
+    Ok(counts)
+}
+
+/// Revives dead codes of a step's `z_e` `[…,D]`, where it is time to look for them.
+pub(super) fn revive_if_due(
+    quantizer: &VectorQuantizer,
+    z_e: &Tensor,
+    options: &CodebookUpdate,
+    step: u64,
+) -> Result<Vec<usize>> {
+    let threshold = options.revive_threshold;
+    if threshold <= 0.0 || !looks_for_dead_codes(z_e, step) {
+        return Ok(Vec::new());
     }
-    let revived = match options.revive_threshold {
-        threshold if threshold > 0.0 && looks_for_dead_codes(&z, step) => {
-            let mut stream =
-                Stream::new(options.seed, &format!("{}.revival", quantizer.name), step);
-            revive(quantizer, &z, threshold, &mut stream)?
-        }
-        _ => Vec::new(),
-    };
+    let name = format!("{}.revival", quantizer.name);
+    let mut stream = Stream::new(options.seed, &name, step);
+    revive(quantizer, z_e, threshold, &mut stream)
+}
+
+/// What became of the codebook, as it is told.
+pub(super) fn report(
+    quantizer: &VectorQuantizer,
+    counts: Tensor,
+    revived: Vec<usize>,
+) -> CodebookReport {
     let parameter = match quantizer.config.rule {
         CodebookRule::Gradient => Some(format!("{}.codebook", quantizer.name)),
         CodebookRule::Ema => None,
     };
-    Ok(CodebookReport { counts, revived, codebook: quantizer.name.clone(), parameter })
+    CodebookReport { counts, revived, codebook: quantizer.name.clone(), parameter }
 }
 
 /// Whether codes can be revived after this step: every one on the CPU, every tenth on other devices, where
@@ -110,42 +126,24 @@ fn looks_for_dead_codes(z: &Tensor, step: u64) -> bool {
     z.device().is_cpu() || step.is_multiple_of(10)
 }
 
-/// (N + ε)/(ΣN + Kε)·ΣN of N `[K]`.
-fn smooth(usage: &Tensor, epsilon: f64) -> Result<Tensor> {
-    let size = usage.elem_count() as f64;
-    let total = usage.sum_all()?;
-    let sums = usage.affine(1.0, epsilon)?;
-    if total.device().is_cpu() {
-        let total = f64::from(total.to_scalar::<f32>()?);
-        return Ok(sums.affine(total / (total + size * epsilon), 0.0)?);
-    }
-    // No number leaves the device.
-    Ok(sums.broadcast_mul(&(&total / (&total + size * epsilon)?)?)?)
-}
-
-/// v ← γv + (1 − γ)x
-fn average(var: &Var, x: &Tensor, decay: f64) -> Result<()> {
-    let old = var.as_detached_tensor();
-    Ok(var.set(&(old.affine(decay, 0.0)? + x.affine(1.0 - decay, 0.0)?)?)?)
-}
-
-/// Moves every code with N < `threshold`·tokens/K onto a random vector of `z` `[tokens,D]`; no two onto
+/// Moves every code with N < `threshold`·tokens/K onto a random vector of `z_e` `[…,D]`; no two onto
 /// the same one as long as there are enough. N becomes the mean usage and m = N·e, so that a revived
 /// code is no sooner dead than any other, and e = m/N still holds.
 fn revive(
     quantizer: &VectorQuantizer,
-    z: &Tensor,
+    z_e: &Tensor,
     threshold: f64,
     stream: &mut Stream,
 ) -> Result<Vec<usize>> {
     let (size, dim) = (quantizer.config.codebook_size, quantizer.config.dim);
-    let mean_usage = z.dim(0)? as f64 / size as f64;
+    let mean_usage = (z_e.elem_count() / dim) as f64 / size as f64;
     let mut usage = quantizer.usage.to_vec1::<f32>()?;
     let is_dead = |&(_, &n): &(usize, &f32)| f64::from(n) < threshold * mean_usage;
     let dead: Vec<usize> = usage.iter().enumerate().filter(is_dead).map(|(code, _)| code).collect();
     if dead.is_empty() {
         return Ok(dead);
     }
+    let z = quantizer.vectors(z_e)?;
     let rows = seed_rows(&z.flatten_all()?.to_vec1::<f32>()?, dim, dead.len(), stream);
     let replace = |var: &Var, scale: f32| -> Result<()> {
         let mut values = var.flatten_all()?.to_vec1::<f32>()?;

@@ -1,7 +1,7 @@
 //! The vector quantizer of van den Oord et al. 2017.
 
 use candle_core::{D, Tensor, Var};
-use vq_ops::{nearest_codes, squared_error};
+use vq_ops::{StepNumber, nearest_codes, squared_error};
 
 use super::{CodebookReport, CodebookUpdate, Quantized, Quantizer};
 use super::{kmeans, rows, unflatten, update, zero_like};
@@ -153,5 +153,23 @@ impl Quantizer for VectorQuantizer {
         step: u64,
     ) -> Result<Vec<CodebookReport>> {
         Ok(vec![update::update(self, z_e, codes, options, step)?])
+    }
+
+    fn follow(&self, z_e: &Tensor, codes: &Tensor, step: StepNumber<'_>) -> Result<()> {
+        update::follow(self, z_e, codes, step).map(|_counts| ())
+    }
+
+    fn revive(
+        &self,
+        z_e: &Tensor,
+        options: &CodebookUpdate,
+        step: u64,
+    ) -> Result<Vec<(Option<String>, Vec<usize>)>> {
+        let revived = update::revive_if_due(self, z_e, options, step)?;
+        let parameter = match self.config.rule {
+            CodebookRule::Gradient => Some(format!("{}.codebook", self.name)),
+            CodebookRule::Ema => None,
+        };
+        Ok(vec![(parameter, revived)])
     }
 }

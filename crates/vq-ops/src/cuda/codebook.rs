@@ -1,9 +1,13 @@
 //! The nearest-code search and the statistics of an assignment.
 
 use candle_core::cuda::cudarc::driver::PushKernelArg;
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, bail};
+use candle_core::cuda::cudarc::driver::LaunchConfig;
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail,
+};
 
-use super::{grid, launch, per_element, view};
+use super::{address, grid, launch, per_element, view};
+use crate::codebook_average::{AverageRule, CodebookAverages, StepNumber};
 
 /// Vectors of a block of `nearest`.
 const ROWS: usize = 64;
@@ -93,4 +97,64 @@ impl CustomOp2 for Statistics {
         launch!(device, "code_statistics", blocks, &z, &codes, &counts, &sums, &n, &k, &d);
         Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), (size * (dim + 1)).into()))
     }
+}
+
+/// See [`crate::average_codebook`], which has compared the shapes.
+pub(crate) fn average(
+    averages: CodebookAverages<'_>,
+    counts: &Tensor,
+    sums: &Tensor,
+    rule: &AverageRule,
+    step: StepNumber<'_>,
+) -> Result<()> {
+    let Device::Cuda(device) = counts.device() else { bail!("needs tensors on the CUDA device") };
+    let (size, dim) = sums.dims2()?;
+    let (counts, sums) = (counts.contiguous()?, sums.contiguous()?);
+    let number = match step {
+        StepNumber::Known(step) => {
+            Tensor::new(&[u32::try_from(step).unwrap_or(u32::MAX)], counts.device())?
+        }
+        StepNumber::OnDevice(step) => step.clone(),
+    };
+    // SAFETY: the kernel writes it.
+    #[allow(unsafe_code)]
+    let total = unsafe { device.alloc::<f32>(1) }?;
+    let (counts_at, usage_at) = (address::<f32>(&counts)?, address::<f32>(averages.usage)?);
+    let (step_at, k, d) = (address::<u32>(&number)?, size as u32, dim as u32);
+    let AverageRule { decay, warmup, epsilon, cosine } = *rule;
+    launch!(
+        device,
+        "average_usage",
+        grid(1, 1),
+        &counts_at,
+        &usage_at,
+        &total,
+        &step_at,
+        &decay,
+        &warmup,
+        &k
+    );
+    let Some((averaged, codebook)) = averages.vectors else { return Ok(()) };
+    let (sums_at, averaged_at) = (address::<f32>(&sums)?, address::<f32>(averaged)?);
+    let (codebook_at, is_cosine) = (address::<f32>(codebook)?, u32::from(cosine));
+    let config = LaunchConfig { grid_dim: (k, 1, 1), block_dim: (32, 1, 1), shared_mem_bytes: 0 };
+    launch!(
+        device,
+        "average_codebook",
+        config,
+        &counts_at,
+        &sums_at,
+        &usage_at,
+        &total,
+        &averaged_at,
+        &codebook_at,
+        &step_at,
+        &decay,
+        &warmup,
+        &epsilon,
+        &k,
+        &d,
+        &is_cosine
+    );
+    Ok(())
 }

@@ -4,6 +4,7 @@
 pub(crate) mod codebook;
 pub(crate) mod convolution;
 pub(crate) mod layers;
+pub(crate) mod recording;
 pub(crate) mod training;
 
 use std::collections::HashMap;

@@ -23,21 +23,7 @@ struct AdamSlot {
     second: u64,
     average: u64,
     count: u64,
-    keep: f32,
-    unused: f32,
-}
-
-#[repr(C)]
-#[derive(Clone, Copy, Default)]
-struct AdamNumbers {
-    grad_scale: f32,
-    beta1: f32,
-    beta2: f32,
-    rate: f32,
-    root: f32,
-    eps: f32,
-    average_keep: f32,
-    unused: f32,
+    decays: u64,
 }
 
 #[repr(C)]
@@ -54,49 +40,37 @@ struct Table<T>([T; SLOTS]);
 
 // SAFETY: plain numbers, laid out as `training.cu` declares them.
 #[allow(unsafe_code)]
-unsafe impl DeviceRepr for AdamNumbers {}
-// SAFETY: as above.
-#[allow(unsafe_code)]
 unsafe impl DeviceRepr for Table<AdamSlot> {}
 // SAFETY: as above.
 #[allow(unsafe_code)]
 unsafe impl DeviceRepr for Table<SumSlot> {}
 
-/// One AdamW step on all slots, in place. `scale` is one number on the device.
+/// One AdamW step on all slots, in place. `numbers` is what [`AdamWStep::numbers`] gives, on the device, and
+/// `scale` one number there.
 pub(crate) fn adamw(
     slots: &[AdamWSlot<'_>],
-    step: &AdamWStep,
+    numbers: &Tensor,
     scale: Option<&Tensor>,
 ) -> Result<()> {
     let Some(first) = slots.first() else { return Ok(()) };
     let device = cuda_device(first.param)?;
     let scale = address_or_null::<f32>(scale)?;
-    let correction1 = 1. - step.beta1.powf(step.step as f64);
-    let correction2 = 1. - step.beta2.powf(step.step as f64);
-    let numbers = AdamNumbers {
-        grad_scale: step.grad_scale as f32,
-        beta1: step.beta1 as f32,
-        beta2: step.beta2 as f32,
-        rate: (step.lr / correction1) as f32,
-        root: (1. / correction2.sqrt()) as f32,
-        eps: step.eps as f32,
-        average_keep: 1. - step.ema_decay.unwrap_or(1.) as f32,
-        unused: 0.,
-    };
+    if numbers.elem_count() != AdamWStep::NUMBERS {
+        bail!("an AdamW step has {} numbers, not {}", AdamWStep::NUMBERS, numbers.elem_count());
+    }
+    let numbers = address::<f32>(numbers)?;
     for slots in slots.chunks(SLOTS) {
         let mut table = Table([AdamSlot::default(); SLOTS]);
         let mut longest = 0;
         for (to, slot) in table.0.iter_mut().zip(slots) {
-            let average = slot.ema.filter(|_| step.ema_decay.is_some());
             *to = AdamSlot {
                 param: address::<f32>(slot.param)?,
                 grad: address::<f32>(slot.grad)?,
                 first: address::<f32>(slot.first_moment)?,
                 second: address::<f32>(slot.second_moment)?,
-                average: address_or_null::<f32>(average)?,
+                average: address_or_null::<f32>(slot.ema)?,
                 count: slot.param.elem_count() as u64,
-                keep: slot.keep(step) as f32,
-                unused: 0.,
+                decays: u64::from(slot.decays),
             };
             longest = longest.max(slot.param.elem_count());
         }

@@ -205,7 +205,7 @@ static void optimizer() {
     double squared = 0;
     for (int i = 0; i < 3; i++) {
         float* average = i == 1 ? nullptr : data[4][i].data();
-        table.at[i] = {data[0][i].data(), data[1][i].data(), data[2][i].data(), data[3][i].data(), average, lengths[i], 0.999f, 0};
+        table.at[i] = {data[0][i].data(), data[1][i].data(), data[2][i].data(), data[3][i].data(), average, lengths[i], i != 2};
         sums.at[i] = {data[1][i].data(), lengths[i]};
         for (float g : data[1][i]) squared += (double)g * g;
     }
@@ -215,16 +215,16 @@ static void optimizer() {
     launch({1, 1, 1}, 256, [&] { norm_and_scale(partial.data(), norm, 12, 2.f); });
     check(near(norm[0], std::sqrt(squared), 1e-5), "squares");
     check(near(norm[1], 2. / std::sqrt(squared), 1e-6), "norm_and_scale");
-    AdamNumbers numbers = {0.5f, 0.9f, 0.99f, 0.1f, 1.5f, 1e-8f, 0.01f, 0};
+    AdamNumbers numbers = {0.5f, 0.9f, 0.99f, 0.1f, 1.5f, 1e-8f, 0.01f, 0.999f};
     float none = NAN;
-    launch({2, 3, 1}, 64, [&] { adamw(table, numbers, &none); });
+    launch({2, 3, 1}, 64, [&] { adamw(table, &numbers, &none); });
     check(data[0][1] == before[0][1] && data[3][2] == before[3][2], "adamw leaves all as it is at a factor that is none");
-    launch({2, 3, 1}, 64, [&] { adamw(table, numbers, norm + 1); });
+    launch({2, 3, 1}, 64, [&] { adamw(table, &numbers, norm + 1); });
     for (int i = 0; i < 3; i++)
         for (size_t j = 0; j < lengths[i]; j++) {
             double g = before[1][i][j] * 0.5 * norm[1], m = 0.9 * before[2][i][j] + 0.1 * g;
             double v = 0.99 * before[3][i][j] + 0.01 * g * g;
-            double p = before[0][i][j] * 0.999 - 0.1 * m / (std::sqrt(v) * 1.5 + 1e-8);
+            double p = before[0][i][j] * (i != 2 ? 0.999 : 1.) - 0.1 * m / (std::sqrt(v) * 1.5 + 1e-8);
             check(near(data[2][i][j], m, 1e-6) && near(data[3][i][j], v, 1e-6), "adamw, moments");
             check(near(data[0][i][j], p, 2e-6 * (1 + std::fabs(p))), "adamw, parameters");
             double a = before[4][i][j] + (i == 1 ? 0 : 0.01 * (p - before[4][i][j]));
@@ -233,6 +233,42 @@ static void optimizer() {
     partial[3] = NAN;
     launch({1, 1, 1}, 256, [&] { norm_and_scale(partial.data(), norm, 12, 2.f); });
     check(std::isnan(norm[0]) && std::isnan(norm[1]), "norm_and_scale says when there is no norm");
+}
+
+static void averages(u32 dim, bool is_cosine) {
+    const u32 codes = 300;
+    std::vector<float> counts(codes), usage(codes);
+    for (u32 k = 0; k < codes; k++) { counts[k] = k % 3; usage[k] = 0.1f + k % 7; }
+    auto sums = noise(codes * dim), averaged = noise(codes * dim), codebook = noise(codes * dim);
+    auto usage_before = usage, averaged_before = averaged, codebook_before = codebook;
+    float total;
+    u32 step = 4;
+    const double decay = 0.99, warmup = 9, epsilon = 1e-3, d = 4. / 13.;
+    launch({1, 1, 1}, 256, [&] { average_usage(counts.data(), usage.data(), &total, &step, decay, warmup, codes); });
+    double all = 0;
+    for (u32 k = 0; k < codes; k++) {
+        check(near(usage[k], d * usage_before[k] + (1 - d) * counts[k], 1e-6), "average_usage");
+        all += usage[k];
+    }
+    check(near(total, all, 1e-3), "average_usage, total");
+    launch({codes, 1, 1}, 32, [&] {
+        average_codebook(counts.data(), sums.data(), usage.data(), &total, averaged.data(), codebook.data(), &step, decay,
+                         warmup, epsilon, codes, dim, is_cosine);
+    });
+    for (u32 k = 0; k < codes; k++) {
+        double smoothed = (usage[k] + epsilon) / (all + codes * epsilon) * all, square = 0;
+        for (u32 i = 0; i < dim; i++) {
+            u32 at = k * dim + i;
+            check(near(averaged[at], d * averaged_before[at] + (1 - d) * sums[at], 1e-6), "average_codebook, sums");
+            square += averaged[at] / smoothed * (averaged[at] / smoothed);
+        }
+        double scale = is_cosine ? std::sqrt(square) : 1;
+        for (u32 i = 0; i < dim; i++) {
+            u32 at = k * dim + i;
+            double e = counts[k] > 0 ? averaged[at] / smoothed / scale : codebook_before[at];
+            check(near(codebook[at], e, 1e-4 * (1 + std::fabs(e))), "average_codebook");
+        }
+    }
 }
 
 static void pictures() {
@@ -264,6 +300,7 @@ int main() {
     codes(1, 1, 1, false); codes(70, 5, 3, false); codes(130, 100, 20, true); codes(65, 64, 64, true);
     codes(5, 2, 300, true); codes(2100, 7, 4, false);
     optimizer();
+    averages(7, false); averages(40, true);
     pictures();
     std::puts("all kernels agree");
 }

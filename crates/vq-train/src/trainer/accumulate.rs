@@ -47,7 +47,7 @@ impl<T: Trainable> Trainer<T> {
         Ok(Learned { gradients, parts: seen, residue })
     }
 
-    fn learn_part(
+    pub(super) fn learn_part(
         &self,
         part: &T::Batch,
         step: u64,

@@ -30,6 +30,8 @@ pub(super) struct PartOfStep {
 pub(super) enum Seen {
     Read(Metrics, Vec<Usage>),
     Waiting(Figures),
+    /// In the trainer's ledger, in the row that is the step's place among those that are pending.
+    Noted,
 }
 
 /// The gradient's norm.
@@ -37,6 +39,8 @@ pub(super) enum Norm {
     Known(f64),
     /// The first element.
     Waiting(Tensor),
+    /// As the figures.
+    Noted,
 }
 
 impl Norm {
@@ -44,6 +48,7 @@ impl Norm {
         match self {
             Self::Known(norm) => Ok(*norm),
             Self::Waiting(norm) => Ok(f64::from(norm.get(0)?.to_scalar::<f32>()?)),
+            Self::Noted => Ok(f64::NAN),
         }
     }
 }
@@ -61,10 +66,15 @@ impl Pending {
         self.parts.iter().map(|part| part.examples).sum()
     }
 
-    fn read(&self) -> Result<Report> {
+    /// From the ledger's row, where it is there.
+    fn read(&self, row: Option<Report>) -> Result<Report> {
+        if let (Norm::Noted, Some(row)) = (&self.norm, row) {
+            return Ok(Report { examples: self.examples(), ..row });
+        }
         let read = |part: &PartOfStep| match &part.seen {
             Seen::Read(terms, usage) => Ok((terms.clone(), usage.clone())),
             Seen::Waiting(figures) => figures.read(),
+            Seen::Noted => Ok((Metrics::new(), Vec::new())),
         };
         let (examples, norm) = (self.examples(), self.norm.read()?);
         if let [whole] = &self.parts[..] {
@@ -93,8 +103,14 @@ impl<T: Trainable> Trainer<T> {
             return Ok(());
         }
         let mut reports = Vec::with_capacity(pending.len());
+        let is_noted = pending.iter().any(|step| matches!(step.norm, Norm::Noted));
+        let mut rows = match &self.ledger {
+            Some(ledger) if is_noted => ledger.read(pending.len())?,
+            _ => Vec::new(),
+        }
+        .into_iter();
         for step in pending {
-            let report = step.read()?;
+            let report = step.read(rows.next())?;
             self.require_finite_loss(step.step, &report.terms)?;
             let norm = report.norm;
             self.require(norm.is_finite(), step.step, || format!("the gradient's norm is {norm}"))?;

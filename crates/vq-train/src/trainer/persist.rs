@@ -88,6 +88,7 @@ impl<T: Trainable> Trainer<T> {
             return Err(Error::ResumeData { was: progress.batches_per_epoch, now });
         }
         self.task.load(path)?;
+        self.forget_recording();
         self.restore_codebooks(&tensors)?;
         let restored = Optimizer::restore(self.task.parameters(), &self.config, &tensors)?;
         self.optimizer = restored

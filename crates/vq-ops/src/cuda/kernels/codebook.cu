@@ -206,3 +206,62 @@ extern "C" __global__ void code_statistics(const float* z, const u32* assigned, 
     if (component < dim) sums[(u64)code * dim + component] = sum;
     if (component == 0) counts[code] = (float)total;
 }
+
+// The factor of moving averages in step t: `decay`, and at most t/(t + warmup).
+__device__ inline float decay_in(const u32* step, double decay, double warmup) {
+    double t = *step < 1 ? 1. : (double)*step;
+    double most = t / (t + warmup);
+    return (float)(most < decay ? most : decay);
+}
+
+// N = dN + (1 - d)n, and the sum of N. One block; threads: 256.
+extern "C" __global__ void average_usage(const float* counts, float* usage, float* total, const u32* step,
+                                         double decay, double warmup, u32 codes) {
+    __shared__ double sums[256];
+    const float d = decay_in(step, decay, warmup);
+    double sum = 0.;
+    for (u32 k = threadIdx.x; k < codes; k += 256) {
+        float n = d * usage[k] + (1.f - d) * counts[k];
+        usage[k] = n;
+        sum += n;
+    }
+    sums[threadIdx.x] = sum;
+    for (u32 width = 128; width > 0; width /= 2) {
+        __syncthreads();
+        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
+    }
+    if (threadIdx.x == 0) total[0] = (float)sums[0];
+}
+
+// m = dm + (1 - d)s and, of codes that were chosen, e = m/((N + epsilon)/(total + codes·epsilon)·total), of
+// length 1 if `is_cosine`. One block of 32 threads per code.
+extern "C" __global__ void average_codebook(const float* counts, const float* sums, const float* usage,
+                                            const float* total, float* averaged, float* codebook,
+                                            const u32* step, double decay, double warmup, double epsilon,
+                                            u32 codes, u32 dim, u32 is_cosine) {
+    __shared__ float squares[32];
+    const u32 lane = threadIdx.x;
+    const u64 first = (u64)blockIdx.x * dim;
+    const float d = decay_in(step, decay, warmup);
+    for (u32 i = lane; i < dim; i += 32) {
+        averaged[first + i] = d * averaged[first + i] + (1.f - d) * sums[first + i];
+    }
+    // The same for all threads of the block.
+    if (!(counts[blockIdx.x] > 0.f)) return;
+    const double all = total[0];
+    const float smoothed = (float)((usage[blockIdx.x] + epsilon) * (all / (all + codes * epsilon)));
+    float scale = 1.f;
+    if (is_cosine) {
+        float square = 0.f;
+        for (u32 i = lane; i < dim; i += 32) {
+            float e = averaged[first + i] / smoothed;
+            square += e * e;
+        }
+        squares[lane] = square;
+        __syncthreads();
+        float sum = 1e-12f;
+        for (u32 i = 0; i < 32; i++) sum += squares[i];
+        scale = sqrtf(sum);
+    }
+    for (u32 i = lane; i < dim; i += 32) codebook[first + i] = averaged[first + i] / smoothed / scale;
+}

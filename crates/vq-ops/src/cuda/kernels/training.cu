@@ -2,14 +2,17 @@
 
 #define SLOTS 32
 
-struct AdamSlot { float *param; const float* grad; float *first, *second, *average; u64 n; float keep, unused; };
+struct AdamSlot { float *param; const float* grad; float *first, *second, *average; u64 n, decays; };
 struct AdamTable { AdamSlot at[SLOTS]; };
-struct AdamNumbers { float grad_scale, beta1, beta2, rate, root, eps, average_keep, unused; };
+struct AdamNumbers { float grad_scale, beta1, beta2, rate, root, eps, average_keep, keep; };
 
-// One AdamW step; blockIdx.y is the tensor. Where `scale` is given, the gradients are multiplied by what it
-// points to as well, and nothing changes if that is not finite.
-extern "C" __global__ void adamw(AdamTable table, AdamNumbers numbers, const float* scale) {
+// One AdamW step; blockIdx.y is the tensor. The numbers lie on the device, so that a recorded launch can be
+// repeated with others. Where `scale` is given, the gradients are multiplied by what it points to as well, and
+// nothing changes if that is not finite.
+extern "C" __global__ void adamw(AdamTable table, const AdamNumbers* given, const float* scale) {
     AdamSlot slot = table.at[blockIdx.y];
+    AdamNumbers numbers = *given;
+    float keep = slot.decays ? numbers.keep : 1.f;
     float factor = numbers.grad_scale;
     if (scale) {
         if (!is_finite(*scale)) return;
@@ -20,7 +23,7 @@ extern "C" __global__ void adamw(AdamTable table, AdamNumbers numbers, const flo
         float m = slot.first[i], v = slot.second[i];
         m += (1.f - numbers.beta1) * (g - m);
         v = numbers.beta2 * v + (1.f - numbers.beta2) * g * g;
-        float p = slot.param[i] * slot.keep - numbers.rate * m / (sqrtf(v) * numbers.root + numbers.eps);
+        float p = slot.param[i] * keep - numbers.rate * m / (sqrtf(v) * numbers.root + numbers.eps);
         slot.first[i] = m;
         slot.second[i] = v;
         slot.param[i] = p;
