@@ -308,12 +308,7 @@ impl VqVae {
 
     /// The part of [`update_codebooks`](Self::update_codebooks) that moves code vectors by what was assigned to
     /// them in that step (from 1). On CUDA it does not wait for the device.
-    pub fn follow_codes(
-        &self,
-        z_e: &[Tensor],
-        codes: &Codes,
-        step: StepNumber<'_>,
-    ) -> Result<()> {
+    pub fn follow_codes(&self, z_e: &[Tensor], codes: &Codes, step: StepNumber<'_>) -> Result<()> {
         self.one_per_level(z_e.len(), "vectors")?;
         self.one_per_level(codes.levels.len(), "codes")?;
         let mut levels = self.levels.iter().zip(z_e).zip(&codes.levels);

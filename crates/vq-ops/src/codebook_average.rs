@@ -74,9 +74,7 @@ pub fn average_codebook(
     let dim = sums.dims2()?.1;
     let fits = counts.dims() == [size]
         && sums.dims() == [size, dim]
-        && averages
-            .vectors
-            .is_none_or(|(m, e)| m.dims() == [size, dim] && e.dims() == [size, dim])
+        && averages.vectors.is_none_or(|(m, e)| m.dims() == [size, dim] && e.dims() == [size, dim])
         && counts.dtype() == DType::F32
         && sums.dtype() == DType::F32;
     if !fits {

@@ -252,8 +252,7 @@ impl ConvOp {
             weight: 0..split,
             bias: split..split + bias.elem_count(),
         });
-        let theta = Tensor::cat(&[weight.flatten_all()?, bias], 0)?;
-        device_stack::run(vec![step], geometry.precision, x, &theta)
+        device_stack::run(vec![step], geometry.precision, x, &[weight.clone(), bias])
     }
 
     /// (input, output) sizes.

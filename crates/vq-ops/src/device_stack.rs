@@ -11,38 +11,93 @@ use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Storage, 
 
 use crate::Precision;
 use crate::fused::{Convolution, Step};
+use crate::gradients::{self, Delivery};
 use crate::primitives::{
-    Outputs, Product, column_sums, finish, mask, multiply, pack_weight, unpack_weight,
+    Gradient, Outputs, Product, column_sums, finish, mask, multiply, pack_weights, unpack_gradients,
 };
 
-/// Runs the steps on `x` `[B, H, W, C]` f32, with all parameters side by side in `theta`. Differentiable in
-/// both.
+/// Runs the steps on `x` `[B, H, W, C]` f32, with the parameters, contiguous, in the order of the layers'. Differentiable in all.
 pub(crate) fn run(
     steps: Vec<Step>,
     precision: Precision,
     x: &Tensor,
-    theta: &Tensor,
+    params: &[Tensor],
 ) -> Result<Tensor> {
     let dtype = match precision {
         Precision::F32 => DType::F32,
         Precision::Bf16 => DType::BF16,
     };
-    let (x, theta) = (x.contiguous()?, theta.contiguous()?);
-    let (output, tape) = forward(&steps, dtype, &x.detach(), &theta.detach())?;
-    if !x.track_op() && !theta.track_op() {
-        return Ok(output);
+    let x = x.contiguous()?;
+    let detached: Vec<Tensor> = params.iter().map(Tensor::detach).collect();
+    let packed = Packed::new(&detached, dtype)?;
+    let (output, tape) = forward(&steps, dtype, &x.detach(), &packed)?;
+    let tracked = params.iter().find(|param| param.track_op());
+    if !x.track_op() && tracked.is_none() {
+        return output.to_dtype(DType::F32);
     }
+    // The graph's second operand: all parameters side by side, or, where their gradients are delivered beside
+    // the graph, any of them, for the operation's sake.
+    let (second, delivery) = match (tracked, gradients::delivery(params)) {
+        (Some(tracked), Some(delivery)) => (tracked.clone(), Some(delivery)),
+        (Some(_), None) => {
+            let flat = params.iter().map(Tensor::flatten_all).collect::<Result<Vec<_>>>()?;
+            (Tensor::cat(&flat, 0)?, None)
+        }
+        (None, _) => (output.detach(), None),
+    };
     let tape = Mutex::new(Some(tape));
-    x.apply_op2(&theta, DeviceStack { steps, dtype, output, tape })
+    let op = DeviceStack { steps, dtype, params: detached, output, tape, delivery };
+    x.apply_op2(&second, op)
 }
 
 /// The operation that the graph knows: its forward pass has run already.
 struct DeviceStack {
     steps: Vec<Step>,
     dtype: DType,
+    params: Vec<Tensor>,
+    /// Not yet in f32.
     output: Tensor,
     /// Gone after the first backward pass.
     tape: Mutex<Option<Vec<Kept>>>,
+    /// Where the parameters' gradients go, if not into the graph.
+    delivery: Option<Delivery>,
+}
+
+/// The parameters as the products take them: of each convolution in turn.
+struct Packed {
+    weights: Vec<Tensor>,
+    biases: Vec<Tensor>,
+}
+
+impl Packed {
+    fn new(params: &[Tensor], dtype: DType) -> Result<Self> {
+        let weights: Vec<Tensor> = params.iter().step_by(2).cloned().collect();
+        let biases = params.iter().skip(1).step_by(2).map(Tensor::contiguous);
+        Ok(Self { weights: pack_weights(&weights, dtype)?, biases: biases.collect::<Result<_>>()? })
+    }
+
+    fn of(&self, index: usize) -> Result<(Tensor, &Tensor)> {
+        let both = self.weights.get(index).zip(self.biases.get(index));
+        both.map(|(weight, bias)| (weight.clone(), bias)).ok_or_else(missing)
+    }
+}
+
+/// A gradient on its way back, with the sums of its columns where they are known already.
+struct Back {
+    grad: Tensor,
+    sums: Option<Tensor>,
+}
+
+impl Back {
+    /// Masked by `gate`, with `more` added.
+    fn masked(grad: &Tensor, gate: &Tensor, more: Option<&Tensor>) -> Result<Self> {
+        let (grad, sums) = mask(grad, gate, more)?;
+        Ok(Self { grad, sums: Some(sums) })
+    }
+
+    fn sums(&self) -> Result<Tensor> {
+        self.sums.as_ref().map_or_else(|| column_sums(&self.grad), |sums| Ok(sums.clone()))
+    }
 }
 
 /// What a step's backward pass needs.
@@ -110,17 +165,6 @@ impl Step {
 }
 
 impl Convolution {
-    fn weight(&self, theta: &Tensor, dtype: DType) -> Result<Tensor> {
-        let (outer, inner, _) = self.geometry.weight_shape();
-        let (kh, kw) = self.geometry.kernel;
-        let flat = theta.narrow(0, self.weight.start, self.weight.len())?;
-        pack_weight(&flat.reshape((outer, inner, kh, kw))?, dtype)
-    }
-
-    fn bias(&self, theta: &Tensor) -> Result<Tensor> {
-        theta.narrow(0, self.bias.start, self.bias.len())
-    }
-
     fn product(&self, x: &Tensor, weight: &Tensor) -> Result<Tensor> {
         let product = if self.transposed { Product::SmallToLarge } else { Product::LargeToSmall };
         multiply(&self.geometry, product, x, weight)
@@ -131,19 +175,20 @@ impl Convolution {
         multiply(&self.geometry, product, grad, weight)
     }
 
-    /// Of weight and bias, flat, in f32.
-    fn gradients(&self, x: &Tensor, grad: &Tensor) -> Result<[Tensor; 2]> {
-        let (large, small) = if self.transposed { (grad, x) } else { (x, grad) };
+    /// Of weight and bias.
+    fn gradients(&self, x: &Tensor, back: &Back) -> Result<[Gradient; 2]> {
+        let (large, small) = if self.transposed { (&back.grad, x) } else { (x, &back.grad) };
         let weight = multiply(&self.geometry, Product::Weight, large, small)?;
-        Ok([unpack_weight(&weight)?.flatten_all()?, column_sums(grad)?])
+        Ok([Gradient::Packed(weight), Gradient::Plain(back.sums()?)])
     }
 }
 
+/// The output, in the format of the products.
 fn forward(
     steps: &[Step],
     dtype: DType,
     x: &Tensor,
-    theta: &Tensor,
+    packed: &Packed,
 ) -> Result<(Tensor, Vec<Kept>)> {
     let x = x.to_dtype(dtype)?;
     let wants = |index: usize| steps.get(index).map_or(Outputs::PLAIN, Step::wants);
@@ -156,14 +201,15 @@ fn forward(
             .transpose()?,
     };
     let mut tape = Vec::with_capacity(steps.len());
+    let mut convolutions = 0;
     for (index, step) in steps.iter().enumerate() {
         let wanted = wants(index + 1);
         let (next, hidden, weights) = match step {
             Step::Convolution(convolution) => {
-                let weight = convolution.weight(theta, dtype)?;
+                let (weight, bias) = packed.of(convolutions)?;
+                convolutions += 1;
                 let y = convolution.product(map.of(convolution)?, &weight)?;
-                let next = Map::finish(&y, Some(&convolution.bias(theta)?), None, wanted)?;
-                (next, None, vec![weight])
+                (Map::finish(&y, Some(bias), None, wanted)?, None, vec![weight])
             }
             Step::Relu(_) => {
                 // Rectifying twice changes nothing.
@@ -171,22 +217,22 @@ fn forward(
                 (Map { plain: Some(y.clone()), rectified: Some(y) }, None, Vec::new())
             }
             Step::Residual { first, second } => {
-                let weights = [first.weight(theta, dtype)?, second.weight(theta, dtype)?];
-                let y = first.product(map.rectified()?, &weights[0])?;
-                let bias = first.bias(theta)?;
-                let hidden = finish(&y, Some(&bias), None, Outputs::RECTIFIED)?;
-                let y = second.product(&hidden, &weights[1])?;
-                let bias = second.bias(theta)?;
-                let next = Map::finish(&y, Some(&bias), Some(map.plain()?), wanted)?;
-                (next, Some(hidden), weights.to_vec())
+                let (weight1, bias1) = packed.of(convolutions)?;
+                let (weight2, bias2) = packed.of(convolutions + 1)?;
+                convolutions += 2;
+                let y = first.product(map.rectified()?, &weight1)?;
+                let hidden = finish(&y, Some(bias1), None, Outputs::RECTIFIED)?;
+                let y = second.product(&hidden, &weight2)?;
+                let next = Map::finish(&y, Some(bias2), Some(map.plain()?), wanted)?;
+                (next, Some(hidden), vec![weight1, weight2])
             }
         };
         tape.push(Kept { input: std::mem::replace(&mut map, next), hidden, weights });
     }
-    Ok((map.plain()?.to_dtype(DType::F32)?, tape))
+    Ok((map.plain()?.clone(), tape))
 }
 
-/// The gradients of the input (where asked for) and of all parameters.
+/// The gradients of the input (where asked for) and of all parameters, side by side.
 fn backward(
     steps: &[Step],
     tape: &[Kept],
@@ -194,41 +240,45 @@ fn backward(
     of_input: bool,
 ) -> Result<(Option<Tensor>, Tensor)> {
     // Last first until the end.
-    let mut of_theta: Vec<Tensor> = Vec::new();
-    let mut grad = grad.clone();
+    let mut of_params: Vec<Gradient> = Vec::new();
+    let mut back = Back { grad: grad.clone(), sums: None };
     for (index, (step, Kept { input, hidden, weights })) in steps.iter().zip(tape).enumerate().rev()
     {
         let is_wanted = index > 0 || of_input;
         match (step, &weights[..], hidden) {
             (Step::Convolution(convolution), [weight], _) => {
-                let [of_weight, of_bias] = convolution.gradients(input.of(convolution)?, &grad)?;
-                of_theta.extend([of_bias, of_weight]);
+                let [of_weight, of_bias] = convolution.gradients(input.of(convolution)?, &back)?;
+                of_params.extend([of_bias, of_weight]);
                 if is_wanted {
-                    grad = convolution.gradient_product(&grad, weight)?;
-                    if convolution.relu {
-                        grad = mask(&grad, input.rectified()?, None)?;
-                    }
+                    let grad = convolution.gradient_product(&back.grad, weight)?;
+                    back = if convolution.relu {
+                        Back::masked(&grad, input.rectified()?, None)?
+                    } else {
+                        Back { grad, sums: None }
+                    };
                 }
             }
-            (Step::Relu(_), ..) => grad = mask(&grad, input.rectified()?, None)?,
+            (Step::Relu(_), ..) => back = Back::masked(&back.grad, input.rectified()?, None)?,
             (Step::Residual { first, second }, [weight1, weight2], Some(hidden)) => {
-                let [of_weight, of_bias] = second.gradients(hidden, &grad)?;
-                of_theta.extend([of_bias, of_weight]);
-                let of_hidden = mask(&second.gradient_product(&grad, weight2)?, hidden, None)?;
+                let [of_weight, of_bias] = second.gradients(hidden, &back)?;
+                of_params.extend([of_bias, of_weight]);
+                let grad = second.gradient_product(&back.grad, weight2)?;
+                let of_hidden = Back::masked(&grad, hidden, None)?;
                 let x = input.rectified()?;
                 let [of_weight, of_bias] = first.gradients(x, &of_hidden)?;
-                of_theta.extend([of_bias, of_weight]);
+                of_params.extend([of_bias, of_weight]);
                 if is_wanted {
-                    grad = mask(&first.gradient_product(&of_hidden, weight1)?, x, Some(&grad))?;
+                    let grad = first.gradient_product(&of_hidden.grad, weight1)?;
+                    back = Back::masked(&grad, x, Some(&back.grad))?;
                 }
             }
             _ => return Err(missing()),
         }
     }
-    of_theta.reverse();
-    let of_theta = Tensor::cat(&of_theta, 0)?;
-    let of_x = if of_input { Some(grad.to_dtype(DType::F32)?) } else { None };
-    Ok((of_x, of_theta))
+    of_params.reverse();
+    let of_params = unpack_gradients(&of_params)?;
+    let of_x = if of_input { Some(back.grad.to_dtype(DType::F32)?) } else { None };
+    Ok((of_x, of_params))
 }
 
 impl CustomOp2 for DeviceStack {
@@ -245,7 +295,9 @@ impl CustomOp2 for DeviceStack {
     ) -> Result<(CpuStorage, Shape)> {
         let (storage, layout) = self.output.storage_and_layout();
         match &*storage {
-            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
+            Storage::Cpu(storage) => {
+                Ok((storage.to_dtype(layout, DType::F32)?, layout.shape().clone()))
+            }
             _ => bail!("a stack's output is on another device"),
         }
     }
@@ -260,7 +312,13 @@ impl CustomOp2 for DeviceStack {
     ) -> Result<(candle_core::CudaStorage, Shape)> {
         let (storage, layout) = self.output.storage_and_layout();
         match &*storage {
-            Storage::Cuda(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
+            Storage::Cuda(storage) => {
+                let output = match self.dtype {
+                    DType::F32 => storage.try_clone(layout)?,
+                    _ => storage.to_dtype(layout, DType::F32)?,
+                };
+                Ok((output, layout.shape().clone()))
+            }
             _ => bail!("a stack's output is on another device"),
         }
     }
@@ -268,7 +326,7 @@ impl CustomOp2 for DeviceStack {
     fn bwd(
         &self,
         x: &Tensor,
-        theta: &Tensor,
+        second: &Tensor,
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
@@ -276,11 +334,18 @@ impl CustomOp2 for DeviceStack {
         let tape = match tape {
             Some(tape) => tape,
             // A second backward pass through the same graph.
-            None => forward(&self.steps, self.dtype, &x.detach(), &theta.detach())?.1,
+            None => {
+                let packed = Packed::new(&self.params, self.dtype)?;
+                forward(&self.steps, self.dtype, &x.detach(), &packed)?.1
+            }
         };
         let grad = grad.detach().contiguous()?.to_dtype(self.dtype)?;
-        let (of_x, of_theta) = backward(&self.steps, &tape, &grad, x.track_op())?;
-        Ok((of_x, Some(of_theta)))
+        let (of_x, of_params) = backward(&self.steps, &tape, &grad, x.track_op())?;
+        if let Some(delivery) = &self.delivery {
+            delivery.add(of_params)?;
+            return Ok((of_x, None));
+        }
+        Ok((of_x, second.track_op().then_some(of_params)))
     }
 }
 

@@ -26,6 +26,7 @@ mod dispatch;
 mod dropout;
 mod fused;
 mod gate;
+mod gradients;
 mod heads;
 mod image_batch;
 mod linear;
@@ -49,15 +50,14 @@ mod stack;
 mod storage;
 mod swiglu;
 
-pub use codebook_average::{
-    AverageRule, CodebookAverages, StepNumber, average_codebook,
-};
+pub use codebook_average::{AverageRule, CodebookAverages, StepNumber, average_codebook};
 pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
 #[doc(hidden)]
 pub use device::test_device;
 pub use device::{open_cuda, set_strict_f32};
 pub use dropout::dropout;
 pub use gate::{gate, gate_sum};
+pub use gradients::Gradients;
 pub use heads::{merge_heads, split_heads};
 pub use image_batch::{MIRRORED, gather_images};
 pub use linear::linear;

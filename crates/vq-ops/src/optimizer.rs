@@ -108,7 +108,11 @@ pub fn adamw_steps(
     let slots: Vec<AdamWSlot<'_>> = slots
         .iter()
         .zip(&grads)
-        .map(|(slot, grad)| AdamWSlot { grad, ema: slot.ema.filter(|_| step.ema_decay.is_some()), ..*slot })
+        .map(|(slot, grad)| AdamWSlot {
+            grad,
+            ema: slot.ema.filter(|_| step.ema_decay.is_some()),
+            ..*slot
+        })
         .collect();
     let Some(first) = slots.first() else { return Ok(()) };
     #[cfg(feature = "cuda")]

@@ -1,16 +1,18 @@
-//! Elementwise operations in one pass each way on the CPU. candle's own take several, each with a new
-//! tensor. Other devices run candle's.
+//! Elementwise operations in one pass each way on the CPU and on CUDA. candle's own take several, each with
+//! a new tensor. Other devices run candle's.
 
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, Layout, Result, Shape, Tensor, bail};
+use candle_core::{
+    CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail,
+};
 use rayon::prelude::*;
 
-use crate::dispatch::on_cpu;
+use crate::dispatch::{on_cpu, on_cuda};
 use crate::storage::f32_elements;
 
 /// The value of `b` with the gradient of `a`: ∂/∂a = the gradient of the result, ∂/∂b = 0. Equal shapes.
 pub fn replace_value(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     let b = b.detach();
-    if on_cpu(a.device()) {
+    if has_kernels(a) {
         a.apply_op2(&b.contiguous()?, ReplaceValue)
     } else {
         // a + (b − a) would round; (a − a) + b does not.
@@ -20,7 +22,7 @@ pub fn replace_value(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 
 /// The mean of (a − b)² over all elements of two tensors of the same shape; a scalar.
 pub fn squared_error(a: &Tensor, b: &Tensor) -> Result<Tensor> {
-    if on_cpu(a.device()) {
+    if has_kernels(a) {
         a.contiguous()?.apply_op2(&b.contiguous()?, SquaredError)
     } else {
         // First over each row: that loses less to rounding.
@@ -30,7 +32,7 @@ pub fn squared_error(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 
 /// `[B,H,W,C]` to `[B,C,H,W]`, contiguous, in one pass each way.
 pub fn channels_first(x: &Tensor) -> Result<Tensor> {
-    if on_cpu(x.device()) {
+    if has_kernels(x) {
         x.contiguous()?.apply_op1(ChannelsFirst { back: false })
     } else {
         x.permute((0, 3, 1, 2))?.contiguous()
@@ -39,11 +41,15 @@ pub fn channels_first(x: &Tensor) -> Result<Tensor> {
 
 /// `[B,C,H,W]` to `[B,H,W,C]`, contiguous, in one pass each way.
 pub fn channels_last(x: &Tensor) -> Result<Tensor> {
-    if on_cpu(x.device()) {
+    if has_kernels(x) {
         x.contiguous()?.apply_op1(ChannelsFirst { back: true })
     } else {
         x.permute((0, 2, 3, 1))?.contiguous()
     }
+}
+
+fn has_kernels(x: &Tensor) -> bool {
+    on_cpu(x.device()) || (on_cuda(x.device()) && x.dtype() == DType::F32)
 }
 
 struct ReplaceValue;
@@ -77,6 +83,19 @@ impl CustomOp1 for ChannelsFirst {
         Ok((CpuStorage::F32(to), shape.into()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let (batch, a, b, c) = layout.shape().dims4()?;
+        let (rows, columns, shape) =
+            if self.back { (a, b * c, (batch, b, c, a)) } else { (a * b, c, (batch, c, a, b)) };
+        let swapped = crate::cuda::layers::swap_axes(x, layout, (rows, columns))?;
+        Ok((swapped, shape.into()))
+    }
+
     fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
         if self.back { channels_first(grad).map(Some) } else { channels_last(grad).map(Some) }
     }
@@ -98,6 +117,21 @@ impl CustomOp2 for ReplaceValue {
             bail!("shapes differ: {:?} and {:?}", a_layout.shape(), b_layout.shape());
         }
         Ok((CpuStorage::F32(f32_elements(b, b_layout)?.to_vec()), b_layout.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        a_layout: &Layout,
+        b: &candle_core::CudaStorage,
+        b_layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        use candle_core::backend::BackendStorage;
+        if a_layout.shape() != b_layout.shape() {
+            bail!("shapes differ: {:?} and {:?}", a_layout.shape(), b_layout.shape());
+        }
+        Ok((b.try_clone(b_layout)?, b_layout.shape().clone()))
     }
 
     fn bwd(
@@ -140,6 +174,19 @@ impl CustomOp2 for SquaredError {
         Ok((CpuStorage::F32(vec![mean as f32]), Shape::from(())))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        a: &candle_core::CudaStorage,
+        a_layout: &Layout,
+        b: &candle_core::CudaStorage,
+        b_layout: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        let factor = 1. / a_layout.shape().elem_count() as f64;
+        let sum = crate::cuda::training::squared_error((a, a_layout), (b, b_layout), factor)?;
+        Ok((sum, Shape::from(())))
+    }
+
     fn bwd(
         &self,
         a: &Tensor,
@@ -147,6 +194,11 @@ impl CustomOp2 for SquaredError {
         _: &Tensor,
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        #[cfg(feature = "cuda")]
+        if a.device().is_cuda() {
+            let factor = 1. / a.elem_count() as f64;
+            return crate::cuda::training::squared_error_gradients(a, b, grad, factor);
+        }
         let scale = 2.0 * f64::from(grad.to_scalar::<f32>()?) / a.elem_count() as f64;
         let gradient = |x: &Tensor, other: &Tensor| -> Result<Option<Tensor>> {
             if !x.track_op() {

@@ -10,6 +10,8 @@ use crate::cpu::buffers::Buffers;
 use crate::cpu::conv::{Finish as CpuFinish, Geometry, large_to_small, small_to_large};
 use crate::cpu::elements::{Elements, Output};
 use crate::cpu::weight_gradient::{column_sums as cpu_column_sums, weight_gradient};
+#[cfg(feature = "cuda")]
+use crate::dispatch::on_cuda;
 use crate::storage::f32_elements;
 
 /// The three products of a convolution `large → small`. Weights are `[outer, KH, KW, inner]`, `outer` the
@@ -40,14 +42,36 @@ impl Outputs {
     }
 }
 
-/// `[outer, inner, KH, KW]` f32 to `[outer, KH, KW, inner]` of `dtype`.
-pub(crate) fn pack_weight(weight: &Tensor, dtype: DType) -> Result<Tensor> {
-    weight.apply_op1_no_bwd(&PackWeight(dtype))
+/// The gradient of a parameter.
+pub(crate) enum Gradient {
+    /// Of a weight, `[outer, KH, KW, inner]`.
+    Packed(Tensor),
+    /// Of anything else, f32, as it is.
+    Plain(Tensor),
 }
 
-/// `[outer, KH, KW, inner]` to `[outer, inner, KH, KW]` f32.
-pub(crate) fn unpack_weight(weight: &Tensor) -> Result<Tensor> {
-    weight.apply_op1_no_bwd(&UnpackWeight)
+/// Each `[outer, inner, KH, KW]` f32 to `[outer, KH, KW, inner]` of `dtype`.
+pub(crate) fn pack_weights(weights: &[Tensor], dtype: DType) -> Result<Vec<Tensor>> {
+    #[cfg(feature = "cuda")]
+    if weights.first().is_some_and(|first| on_cuda(first.device())) {
+        return crate::cuda::layers::pack_weights(weights, dtype);
+    }
+    weights.iter().map(|weight| weight.contiguous()?.apply_op1_no_bwd(&PackWeight(dtype))).collect()
+}
+
+/// The gradients as those of the parameters, f32, side by side.
+pub(crate) fn unpack_gradients(gradients: &[Gradient]) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(Gradient::Packed(first) | Gradient::Plain(first)) = gradients.first()
+        && on_cuda(first.device())
+    {
+        return crate::cuda::layers::unpack_gradients(gradients);
+    }
+    let flat = gradients.iter().map(|gradient| match gradient {
+        Gradient::Packed(weight) => weight.apply_op1_no_bwd(&UnpackWeight)?.flatten_all(),
+        Gradient::Plain(plain) => plain.flatten_all(),
+    });
+    Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)
 }
 
 /// One of the products of a convolution.
@@ -71,13 +95,28 @@ pub(crate) fn finish(
     y.apply_op1_no_bwd(&Finish { bias, residual, outputs })
 }
 
-/// `grad` where `gate` is above 0 (or NaN), 0 elsewhere; plus `more`.
-pub(crate) fn mask(grad: &Tensor, gate: &Tensor, more: Option<&Tensor>) -> Result<Tensor> {
-    grad.apply_op2_no_bwd(gate, &Mask { more: more.cloned() })
+/// `grad` where `gate` is above 0 (or NaN), 0 elsewhere; plus `more`. And its [`column_sums`].
+pub(crate) fn mask(
+    grad: &Tensor,
+    gate: &Tensor,
+    more: Option<&Tensor>,
+) -> Result<(Tensor, Tensor)> {
+    #[cfg(feature = "cuda")]
+    if on_cuda(grad.device()) {
+        let (masked, sums) = crate::cuda::layers::sum_columns(grad, Some((gate, more)))?;
+        return Ok((masked.unwrap_or_else(|| grad.clone()), sums));
+    }
+    let masked = grad.apply_op2_no_bwd(gate, &Mask { more: more.cloned() })?;
+    let sums = column_sums(&masked)?;
+    Ok((masked, sums))
 }
 
 /// `[…, C]` to its sums `[C]`, f32.
 pub(crate) fn column_sums(x: &Tensor) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if on_cuda(x.device()) {
+        return Ok(crate::cuda::layers::sum_columns(x, None)?.1);
+    }
     x.apply_op1_no_bwd(&ColumnSums)
 }
 
@@ -108,22 +147,6 @@ impl CustomOp1 for PackWeight {
         let shape = Shape::from((outer, kh, kw, inner));
         Ok((in_dtype(packed, self.0)?, shape))
     }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        weight: &candle_core::CudaStorage,
-        layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        use crate::cuda::layers::pack_weight;
-        let (outer, inner, kh, kw) = layout.shape().dims4()?;
-        let sizes = (outer, inner, kh * kw);
-        let packed = match self.0 {
-            DType::BF16 => pack_weight::<half::bf16>(weight, layout, sizes)?,
-            _ => pack_weight::<f32>(weight, layout, sizes)?,
-        };
-        Ok((packed, (outer, kh, kw, inner).into()))
-    }
 }
 
 impl CustomOp1 for UnpackWeight {
@@ -135,17 +158,6 @@ impl CustomOp1 for UnpackWeight {
         let (outer, kh, kw, inner) = layout.shape().dims4()?;
         let unpacked = swap(&in_f32(weight, layout)?, kh * kw, inner);
         Ok((CpuStorage::F32(unpacked), (outer, inner, kh, kw).into()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        weight: &candle_core::CudaStorage,
-        layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let (outer, kh, kw, inner) = layout.shape().dims4()?;
-        let unpacked = crate::cuda::layers::unpack_weight(weight, layout, (outer, inner, kh * kw))?;
-        Ok((unpacked, (outer, inner, kh, kw).into()))
     }
 }
 
@@ -292,19 +304,6 @@ impl CustomOp2 for Mask {
         }
         Ok((in_dtype(grad, dtype)?, grad_layout.shape().clone()))
     }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        grad: &candle_core::CudaStorage,
-        grad_layout: &Layout,
-        gate: &candle_core::CudaStorage,
-        gate_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let (grad, gate) = ((grad, grad_layout), (gate, gate_layout));
-        let out = crate::cuda::layers::mask(grad, gate, self.more.as_ref())?;
-        Ok((out, grad_layout.shape().clone()))
-    }
 }
 
 impl CustomOp1 for ColumnSums {
@@ -317,16 +316,6 @@ impl CustomOp1 for ColumnSums {
         let mut sums = vec![0.; columns];
         cpu_column_sums(Elements::F32(&in_f32(x, layout)?), columns, &mut sums);
         Ok((CpuStorage::F32(sums), columns.into()))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let columns = layout.dims().last().copied().unwrap_or(1);
-        Ok((crate::cuda::layers::column_sums(x, layout)?, columns.into()))
     }
 }
 

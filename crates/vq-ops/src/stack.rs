@@ -193,12 +193,12 @@ impl Stack {
             return self.forward_layerwise(x, params);
         }
         self.check_parameters(params)?;
-        let flat = params.iter().map(Tensor::flatten_all).collect::<Result<Vec<_>>>()?;
-        let theta = Tensor::cat(&flat, 0)?;
         if on_primitives(x.device()) {
             let (steps, _) = plan(&self.layers, self.precision, x.dims())?;
-            return device_stack::run(steps, self.precision, x, &theta);
+            return device_stack::run(steps, self.precision, x, params);
         }
+        let flat = params.iter().map(Tensor::flatten_all).collect::<Result<Vec<_>>>()?;
+        let theta = Tensor::cat(&flat, 0)?;
         let keep = x.track_op() || theta.track_op();
         let op = FusedStack::new(&self.layers, self.precision, x.dims(), &self.buffers, keep)?;
         x.contiguous()?.apply_op2(&theta, op)

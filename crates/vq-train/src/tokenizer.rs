@@ -15,8 +15,8 @@ use crate::loss::Loss;
 use crate::metrics::level_name;
 use crate::recipe_toml::first_difference;
 use crate::{
-    Advice, EpochRecord, Error, EvaluateOptions, Evaluation, Forward, Recipe, Result, TrainConfig,
-    Repeats, Trainable, Update, doctor, evaluate,
+    Advice, EpochRecord, Error, EvaluateOptions, Evaluation, Forward, Recipe, Repeats, Result,
+    TrainConfig, Trainable, Update, doctor, evaluate,
 };
 
 /// A VQ-VAE with its data and its loss.
@@ -113,10 +113,7 @@ impl Tokenizer {
     }
 
     fn codebook_update(&self) -> CodebookUpdate {
-        CodebookUpdate {
-            revive_threshold: self.config.revival.threshold,
-            seed: self.config.seed,
-        }
+        CodebookUpdate { revive_threshold: self.config.revival.threshold, seed: self.config.seed }
     }
 
     /// Vectors that each level quantizes in a step.

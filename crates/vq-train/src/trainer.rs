@@ -126,6 +126,11 @@ impl<T: Trainable> Trainer<T> {
         &self.task
     }
 
+    /// Whether steps are [repeated](crate::Repeats) at present.
+    pub fn is_recorded(&self) -> bool {
+        matches!(self.repeating, Repeating::On(_))
+    }
+
     /// Where the run is.
     pub fn progress(&self) -> &Progress {
         &self.progress

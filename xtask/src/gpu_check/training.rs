@@ -22,6 +22,9 @@ pub(super) fn check(device: &Device, report: &mut Report) {
     vq_ops::set_strict_f32(true);
     report.check("a run of 40 steps beside the CPU's", beside_the_cpu(device).map_err(text));
     report.check("resumed to the bit", resumed(device).map_err(text));
+    if vq_ops::can_record(device) {
+        report.check("recorded steps, to the bit", recorded(device).map_err(text));
+    }
     vq_ops::set_strict_f32(false);
 }
 
@@ -57,9 +60,27 @@ fn resumed(device: &Device) -> Result<String> {
         return Err("there is no checkpoint to resume from".into());
     }
     second.run()?;
-    let (whole, parts) = (bits(whole.task())?, bits(second.task())?);
-    let differing = whole.iter().filter(|(name, bits)| parts.get(*name) != Some(*bits)).count();
-    let count = whole.len();
+    compare(&bits(whole.task())?, &bits(second.task())?)
+}
+
+/// A run of repeated steps beside one of steps one by one.
+fn recorded(device: &Device) -> Result<String> {
+    let (first, second) = (tempfile::tempdir()?, tempfile::tempdir()?);
+    let warnings = Warnings::default();
+    let mut repeated = trainer(2, device, first.path())?.with_observer(warnings.clone());
+    let mut one_by_one = trainer(2, device, second.path())?.without_recording();
+    repeated.run()?;
+    one_by_one.run()?;
+    if !repeated.is_recorded() {
+        let why = warnings.0.lock().unwrap_or_else(PoisonError::into_inner).join("; ");
+        return Err(format!("no step was recorded: {why}").into());
+    }
+    compare(&bits(repeated.task())?, &bits(one_by_one.task())?)
+}
+
+fn compare(ours: &Bits, theirs: &Bits) -> Result<String> {
+    let differing = ours.iter().filter(|(name, bits)| theirs.get(*name) != Some(*bits)).count();
+    let count = ours.len();
     if differing == 0 {
         Ok(format!("all {count} tensors are equal"))
     } else {
@@ -67,7 +88,9 @@ fn resumed(device: &Device) -> Result<String> {
     }
 }
 
-fn bits(task: &Tokenizer) -> Result<BTreeMap<String, Vec<u32>>> {
+type Bits = BTreeMap<String, Vec<u32>>;
+
+fn bits(task: &Tokenizer) -> Result<Bits> {
     let model = task.model();
     let all = task.parameters().iter().chain(model.buffers());
     all.map(|(name, var)| {
@@ -165,6 +188,19 @@ impl Observer for Losses {
         if let Event::StepFinished(step) = event {
             let loss = step.losses.get("reconstruction").unwrap_or(f64::NAN);
             self.0.lock().unwrap_or_else(PoisonError::into_inner).push(loss);
+        }
+        Ok(())
+    }
+}
+
+/// What a run warns of.
+#[derive(Clone, Default)]
+struct Warnings(Arc<Mutex<Vec<String>>>);
+
+impl Observer for Warnings {
+    fn observe(&mut self, event: &Event<'_>) -> Result<()> {
+        if let Event::Warning(warning) = event {
+            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(warning.message.to_owned());
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! The nearest-code search and the statistics of an assignment.
 
-use candle_core::cuda::cudarc::driver::PushKernelArg;
 use candle_core::cuda::cudarc::driver::LaunchConfig;
+use candle_core::cuda::cudarc::driver::PushKernelArg;
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail,
 };
@@ -53,7 +53,8 @@ impl CustomOp2 for Nearest {
         };
         let (n, k, d) = (count as u32, size as u32, dim as u32);
         launch!(device, "codebook_mean", grid(d, 1), &codebook, &mean, &k, &d);
-        launch!(device, "half_norms", per_element(size), &codebook, &mean, &norms, &k, &d);
+        let eighths = grid(size.div_ceil(8) as u32, 1);
+        launch!(device, "half_norms", eighths, &codebook, &mean, &norms, &k, &d);
         if count > 0 {
             let blocks = grid(count.div_ceil(ROWS) as u32, 1);
             launch!(device, "nearest", blocks, &z, &codebook, &mean, &norms, &codes, &n, &k, &d);
@@ -91,10 +92,42 @@ impl CustomOp2 for Statistics {
         // SAFETY: the kernel writes every element.
         #[allow(unsafe_code)]
         let out = unsafe { device.alloc::<f32>(size * (dim + 1)) }?;
-        let (sums, counts) = out.split_at(size * dim);
-        let (n, k, d) = (count as u32, size as u32, dim as u32);
-        let blocks = grid(k, d.div_ceil(256));
-        launch!(device, "code_statistics", blocks, &z, &codes, &counts, &sums, &n, &k, &d);
+        // One more for the largest.
+        let (sums, counts) =
+            (device.alloc_zeros::<u64>(size * dim)?, device.alloc_zeros::<u32>(size + 1)?);
+        let (counts, largest) = counts.split_at(size);
+        // The sum of `count` numbers below 2^digits must be one of 63 bits.
+        let digits = (62 - count.max(1).next_power_of_two().trailing_zeros() as i32).min(40);
+        let (n, all, k, d) = (z.len() as u64, (size * dim) as u64, size as u32, dim as u32);
+        let config = per_element(z.len().div_ceil(4));
+        launch!(device, "largest", config, &z, &largest, &n);
+        launch!(
+            device,
+            "add_vectors",
+            config,
+            &z,
+            &codes,
+            &largest,
+            &sums,
+            &counts,
+            &n,
+            &k,
+            &d,
+            &digits
+        );
+        let config = per_element(size * (dim + 1));
+        launch!(
+            device,
+            "code_statistics",
+            config,
+            &sums,
+            &counts,
+            &largest,
+            &out,
+            &all,
+            &k,
+            &digits
+        );
         Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), (size * (dim + 1)).into()))
     }
 }

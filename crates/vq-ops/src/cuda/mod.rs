@@ -17,7 +17,8 @@ use candle_core::cuda::cudarc::driver::{
 };
 use candle_core::cuda::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::cuda::{CudaDType, DeviceId, WrapErr};
-use candle_core::{CudaDevice, CudaStorage, Layout, Result, Storage, Tensor, bail};
+use candle_core::op::BackpropOp;
+use candle_core::{CudaDevice, CudaStorage, Device, Layout, Result, Shape, Storage, Tensor, bail};
 
 const SOURCE: &str = concat!(
     include_str!("kernels/common.cu"),
@@ -52,7 +53,7 @@ pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
         device.disable_event_tracking();
     }
     keep_memory(device)?;
-    function(device, "pack_weight_f32")?;
+    function(device, "adamw")?;
     convolution::prepare(device)
 }
 
@@ -84,6 +85,8 @@ pub(crate) trait Element: CudaDType + CudnnDataType + DeviceRepr + 'static {
     const NAME: &'static str;
     const ZERO: Self;
     const ONE: Self;
+    /// Elements of 16 bytes, which kernels read at once.
+    const GROUP: usize = 16 / size_of::<Self>();
 }
 
 impl Element for f32 {
@@ -210,4 +213,17 @@ pub(crate) fn address<T: CudaDType>(tensor: &Tensor) -> Result<u64> {
 /// [`address`], or the null pointer.
 pub(crate) fn address_or_null<T: CudaDType>(tensor: Option<&Tensor>) -> Result<u64> {
     tensor.map_or(Ok(0), address::<T>)
+}
+
+/// A tensor of its own.
+pub(crate) fn tensor(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
+    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
+}
+
+/// The device that a tensor lies on.
+pub(crate) fn cuda_device(tensor: &Tensor) -> Result<CudaDevice> {
+    match tensor.device() {
+        Device::Cuda(device) => Ok(device.clone()),
+        _ => bail!("needs tensors on the CUDA device"),
+    }
 }

@@ -6,10 +6,7 @@ use candle_core::cuda::cudarc::driver::sys::{CUgraphInstantiate_flags, CUstreamC
 use candle_core::{CudaDevice, Result, bail};
 
 /// The work of this thread's stream as a graph.
-pub(crate) fn record(
-    device: &CudaDevice,
-    work: impl FnOnce() -> Result<()>,
-) -> Result<CudaGraph> {
+pub(crate) fn record(device: &CudaDevice, work: impl FnOnce() -> Result<()>) -> Result<CudaGraph> {
     let stream = device.cuda_stream();
     // Other threads may go on with theirs.
     stream.begin_capture(CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL).w()?;

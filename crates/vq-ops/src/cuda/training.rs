@@ -2,11 +2,11 @@
 
 use candle_core::cuda::cudarc::driver::{DeviceRepr, PushKernelArg};
 use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, CustomOp1, CustomOp3, Device, Layout, Result, Shape,
-    Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor, bail,
 };
 
-use super::{address, address_or_null, grid, launch, per_element, view};
+use super::layers::counters;
+use super::{address, address_or_null, cuda_device, grid, launch, per_element, tensor, view};
 use crate::optimizer::{AdamWSlot, AdamWStep};
 
 /// Tensors of a launch, as in `training.cu`.
@@ -190,9 +190,51 @@ fn over(longest: usize, tensors: usize) -> candle_core::cuda::cudarc::driver::La
     grid(longest.div_ceil(1024).clamp(1, BLOCKS) as u32, tensors as u32)
 }
 
-fn cuda_device(tensor: &Tensor) -> Result<CudaDevice> {
-    match tensor.device() {
-        Device::Cuda(device) => Ok(device.clone()),
-        _ => bail!("needs tensors on the CUDA device"),
+/// factor·Σ(a − b)² of contiguous f32 tensors of one shape: a scalar.
+pub(crate) fn squared_error(
+    (a, a_layout): (&CudaStorage, &Layout),
+    (b, b_layout): (&CudaStorage, &Layout),
+    factor: f64,
+) -> Result<CudaStorage> {
+    let device = &a.device;
+    let (a, b) = (view::<f32>(a, a_layout)?, view::<f32>(b, b_layout)?);
+    if a.len() != b.len() {
+        bail!("{} numbers beside {}", a.len(), b.len());
     }
+    let blocks = a.len().div_ceil(1024).clamp(1, BLOCKS);
+    // SAFETY: the kernel writes every element.
+    #[allow(unsafe_code)]
+    let (partial, to) = unsafe { (device.alloc::<f64>(blocks)?, device.alloc::<f32>(1)?) };
+    let (n, counter) = (a.len() as u64, counters(device)?);
+    let config = grid(blocks as u32, 1);
+    launch!(device, "squared_error", config, &a, &b, &partial, &to, &counter, &n, &factor);
+    Ok(CudaStorage::wrap_cuda_slice(to, device.clone()))
+}
+
+/// The gradients of [`squared_error`] where the scalar's is `grad`.
+pub(crate) fn squared_error_gradients(
+    a: &Tensor,
+    b: &Tensor,
+    grad: &Tensor,
+    factor: f64,
+) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    let device = cuda_device(a)?;
+    let make = |of: &Tensor| -> Result<Option<Tensor>> {
+        if !of.track_op() {
+            return Ok(None);
+        }
+        // SAFETY: the kernel writes every element.
+        #[allow(unsafe_code)]
+        let slice = unsafe { device.alloc::<f32>(of.elem_count()) }?;
+        Ok(Some(tensor(CudaStorage::wrap_cuda_slice(slice, device.clone()), of.shape())))
+    };
+    let (of_a, of_b) = (make(a)?, make(b)?);
+    let (a_at, b_at, grad_at) = (address::<f32>(a)?, address::<f32>(b)?, address::<f32>(grad)?);
+    let to_a = address_or_null::<f32>(of_a.as_ref())?;
+    let to_b = address_or_null::<f32>(of_b.as_ref())?;
+    let (n, factor, config) =
+        (a.elem_count() as u64, (2. * factor) as f32, per_element(a.elem_count()));
+    let name = "squared_error_gradient";
+    launch!(&device, name, config, &a_at, &b_at, &grad_at, &to_a, &to_b, &n, &factor);
+    Ok((of_a, of_b))
 }

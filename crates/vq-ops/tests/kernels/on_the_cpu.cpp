@@ -24,6 +24,11 @@ static bool is_done[256];
 static void __syncthreads() { unsigned t = threadIdx.x; swapcontext(&contexts[t], &scheduler); }
 static float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 static unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+// One thread runs at a time.
+static void __threadfence() {}
+template <typename T> static T __ldcg(const T* from) { return *from; }
+template <typename T> static T atomicAdd(T* to, T more) { T old = *to; *to += more; return old; }
+template <typename T> static T atomicMax(T* to, T other) { T old = *to; if (other > old) *to = other; return old; }
 
 #include "../../src/cuda/kernels/common.cu"
 #include "../../src/cuda/kernels/layers.cu"
@@ -86,67 +91,125 @@ static void conversions() {
 }
 
 template <typename T> static void weights() {
-    const u32 outer = 5, inner = 3, taps = 9;
-    auto w = noise(outer * inner * taps);
-    std::vector<T> packed(w.size());
-    std::vector<float> back(w.size());
-    launch({2, 1, 1}, 32, [&] { pack_weight<T>(w.data(), packed.data(), outer, inner, taps); });
-    for (u32 o = 0; o < outer; o++)
-        for (u32 c = 0; c < inner; c++)
-            for (u32 t = 0; t < taps; t++)
-                check(packed[(o * taps + t) * inner + c] == from_float<T>(w[(o * inner + c) * taps + t]), "pack_weight");
-    launch({2, 1, 1}, 32, [&] { unpack_weight<T>(packed.data(), back.data(), outer, inner, taps); });
-    for (size_t i = 0; i < w.size(); i++) check(back[i] == to_float(from_float<T>(w[i])), "unpack_weight");
+    // Two weights and, going back, something that is f32 already.
+    const u32 outer[3] = {5, 2, 7}, inner[3] = {3, 70, 1}, taps[3] = {9, 1, 1};
+    u64 first[3] = {8, 160, 0}, flat[3] = {0, 135, 275};
+    std::vector<std::vector<float>> w;
+    PartTable table = {}, back_table = {};
+    std::vector<T> packed(400);
+    for (int i = 0; i < 3; i++) {
+        w.push_back(noise(outer[i] * inner[i] * taps[i]));
+        table.at[i] = {w[i].data(), first[i], outer[i], inner[i], taps[i], 0};
+        const void* from = i < 2 ? (const void*)(packed.data() + first[i]) : w[2].data();
+        back_table.at[i] = {from, flat[i], outer[i], inner[i], taps[i], i == 2};
+    }
+    std::vector<float> back(282, NAN);
+    launch({2, 2, 1}, 32, [&] { pack_weights<T>(table, packed.data()); });
+    for (int i = 0; i < 2; i++)
+        for (u32 o = 0; o < outer[i]; o++)
+            for (u32 c = 0; c < inner[i]; c++)
+                for (u32 t = 0; t < taps[i]; t++)
+                    check(packed[first[i] + (o * taps[i] + t) * inner[i] + c] ==
+                              from_float<T>(w[i][(o * inner[i] + c) * taps[i] + t]), "pack_weights");
+    launch({2, 3, 1}, 32, [&] { unpack_gradients<T>(back_table, back.data()); });
+    for (int i = 0; i < 3; i++)
+        for (size_t j = 0; j < w[i].size(); j++)
+            check(back[flat[i] + j] == (i == 2 ? w[i][j] : to_float(from_float<T>(w[i][j]))), "unpack_gradients");
 }
 
-template <typename T> static void finishing(u32 channels, bool by_four) {
+template <typename T> struct Padded {
+    std::vector<T> memory;
+    T* at;
+    Padded(const std::vector<T>& from) : memory(from.size() + 16) {
+        at = (T*)(((uintptr_t)memory.data() + 15) / 16 * 16);
+        std::copy(from.begin(), from.end(), at);
+    }
+};
+
+template <typename T, int N> static void finishing(u32 channels) {
     const u32 rows = 7, n = rows * channels;
     auto values = noise(n);
     values[3] = NAN;
-    auto y = rounded<T>(values), residual = rounded<T>(noise(n));
+    Padded<T> y(rounded<T>(values)), residual(rounded<T>(noise(n)));
     auto bias = noise(channels);
     for (int which = 0; which < 8; which++) {
         const float* b = which & 1 ? bias.data() : nullptr;
-        const T* r = which & 2 ? residual.data() : nullptr;
-        std::vector<T> plain(n), rectified(n);
-        T* p = which & 4 ? plain.data() : nullptr;
-        launch({3, 1, 1}, 32, [&] { finish<T>(y.data(), b, r, p, rectified.data(), n, channels, by_four); });
+        const T* r = which & 2 ? residual.at : nullptr;
+        Padded<T> plain{std::vector<T>(n)}, rectified{std::vector<T>(n)};
+        T* p = which & 4 ? plain.at : nullptr;
+        launch({3, 1, 1}, 32, [&] { finish<T, N>(y.at, b, r, p, rectified.at, n, channels); });
         for (u32 i = 0; i < n; i++) {
-            float sum = to_float(y[i]);
+            float sum = to_float(y.at[i]);
             if (b) sum += bias[i % channels];
-            if (r) sum += to_float(residual[i]);
+            if (r) sum += to_float(residual.at[i]);
             T expected = from_float<T>(sum);
-            if (p) check(same(to_float(plain[i]), to_float(expected)), "finish");
-            check(same(to_float(rectified[i]), relu(to_float(expected))), "finish, rectified");
+            if (p) check(same(to_float(plain.at[i]), to_float(expected)), "finish");
+            check(same(to_float(rectified.at[i]), relu(to_float(expected))), "finish, rectified");
         }
     }
 }
 
-template <typename T> static void masks() {
-    const u32 n = 100;
-    auto grad = rounded<T>(noise(n)), gate = rounded<T>(noise(n)), more = rounded<T>(noise(n));
-    gate[5] = from_float<T>(NAN); gate[6] = from_float<T>(0.f);
-    for (bool adds : {false, true}) {
-        std::vector<T> to(n);
-        launch({2, 1, 1}, 32, [&] { mask<T>(grad.data(), gate.data(), adds ? more.data() : nullptr, to.data(), n); });
-        for (u32 i = 0; i < n; i++) {
-            float expected = to_float(gate[i]) <= 0.f ? 0.f : to_float(grad[i]);
-            if (adds) expected += to_float(more[i]);
-            check(to[i] == from_float<T>(expected), "mask");
+// Sums of columns, of gradients that are masked on the way or not.
+template <typename T, int N> static void sums(u32 rows, u32 columns, u32 blocks) {
+    const u32 n = rows * columns, across = (columns / N + 255) / 256;
+    Padded<T> grad(rounded<T>(noise(n))), more(rounded<T>(noise(n)));
+    auto gates = noise(n);
+    gates[0] = NAN; gates[n - 1] = 0.f;
+    Padded<T> gate(rounded<T>(gates));
+    for (int which = 0; which < 3; which++) {
+        std::vector<float> partial(blocks * columns, NAN), to(columns, NAN);
+        std::vector<u32> counters(across, 0);
+        Padded<T> masked{std::vector<T>(n)};
+        launch({blocks, across, 1}, 256, [&] {
+            sum_columns<T, N>(grad.at, which > 0 ? gate.at : nullptr, which > 1 ? more.at : nullptr, masked.at,
+                              partial.data(), to.data(), counters.data(), rows, columns);
+        });
+        for (u32 counter : counters) check(counter == 0, "sum_columns, counters");
+        for (u32 c = 0; c < columns; c++) {
+            double sum = 0;
+            for (u32 r = 0; r < rows; r++) {
+                u32 i = r * columns + c;
+                float value = to_float(grad.at[i]);
+                if (which > 0) {
+                    if (to_float(gate.at[i]) <= 0.f) value = 0.f;
+                    if (which > 1) value += to_float(more.at[i]);
+                    check(masked.at[i] == from_float<T>(value), "sum_columns, masked");
+                    value = to_float(masked.at[i]);
+                }
+                sum += value;
+            }
+            check(near(to[c], sum, 1e-6 * rows), "sum_columns");
         }
     }
 }
 
-template <typename T> static void sums(u32 rows, u32 columns, u32 parts) {
-    auto values = rounded<T>(noise(rows * columns));
-    std::vector<float> partial(parts * columns), to(columns);
-    launch({(columns + 31) / 32, parts, 1}, 256, [&] { column_sums<T>(values.data(), partial.data(), rows, columns); });
-    launch({(columns + 255) / 256, 1, 1}, 256, [&] { add_rows_f32(partial.data(), to.data(), parts, columns); });
-    for (u32 c = 0; c < columns; c++) {
-        double sum = 0;
-        for (u32 r = 0; r < rows; r++) sum += to_float(values[r * columns + c]);
-        check(near(to[c], sum, 1e-6 * rows), "column_sums");
+static void axes() {
+    const u32 batch = 2, rows = 35, columns = 3;
+    auto from = noise(batch * rows * columns);
+    std::vector<float> to(from.size());
+    launch({2, 1, 1}, 32, [&] { swap_axes(from.data(), to.data(), from.size(), rows, columns); });
+    for (u32 b = 0; b < batch; b++)
+        for (u32 r = 0; r < rows; r++)
+            for (u32 c = 0; c < columns; c++)
+                check(to[(b * columns + c) * rows + r] == from[(b * rows + r) * columns + c], "swap_axes");
+}
+
+static void errors(u32 n, u32 blocks) {
+    auto a = noise(n), b = noise(n);
+    std::vector<double> partial(blocks);
+    std::vector<float> of_a(n), of_b(n);
+    float to, grad = 0.5f;
+    u32 counter = 0;
+    launch({blocks, 1, 1}, 256, [&] { squared_error(a.data(), b.data(), partial.data(), &to, &counter, n, 3. / n); });
+    double sum = 0;
+    for (u32 i = 0; i < n; i++) sum += std::pow((double)a[i] - b[i], 2);
+    check(near(to, 3 * sum / n, 1e-6), "squared_error");
+    launch({2, 1, 1}, 32, [&] { squared_error_gradient(a.data(), b.data(), &grad, of_a.data(), of_b.data(), n, 4.f); });
+    for (u32 i = 0; i < n; i++) {
+        check(near(of_a[i], 2 * (a[i] - b[i]), 1e-6) && of_b[i] == -of_a[i], "squared_error_gradient");
     }
+    launch({1, 1, 1}, 32, [&] { weighted_sum(&a[0], &b[0], &grad, &to, 2, 3, 4); });
+    check(near(to, 2 * a[0] + 3 * b[0] + 2, 1e-5), "weighted_sum");
 }
 
 static void codes(u32 count, u32 size, u32 dim, bool ties) {
@@ -163,8 +226,8 @@ static void codes(u32 count, u32 size, u32 dim, bool ties) {
     std::vector<float> mean(dim), norms(size);
     std::vector<u32> found(count, 12345);
     launch({dim, 1, 1}, 256, [&] { codebook_mean(codebook.data(), mean.data(), size, dim); });
-    launch({(size + 255) / 256, 1, 1}, 256, [&] { half_norms(codebook.data(), mean.data(), norms.data(), size, dim); });
-    launch({(count + ROWS - 1) / ROWS, 1, 1}, SIDE * SIDE, [&] {
+    launch({(size + 7) / 8, 1, 1}, 256, [&] { half_norms(codebook.data(), mean.data(), norms.data(), size, dim); });
+    launch({(count + ROWS - 1) / ROWS, 1, 1}, 256, [&] {
         nearest(z.data(), codebook.data(), mean.data(), norms.data(), found.data(), count, size, dim);
     });
     for (u32 i = 0; i < count; i++) {
@@ -178,19 +241,30 @@ static void codes(u32 count, u32 size, u32 dim, bool ties) {
         check(found[i] == place, "nearest");
     }
     for (auto& code : found) if (code == NONE) code = size;  // out of range
-    std::vector<float> counts(size, -1), totals(size * dim, -1);
-    launch({size, (dim + 255) / 256, 1}, 256, [&] {
-        code_statistics(z.data(), found.data(), counts.data(), totals.data(), count, size, dim);
+    const int digits = 40;
+    std::vector<u64> sums(size * dim);
+    std::vector<u32> counted(size);
+    std::vector<float> to(size * (dim + 1), -1);
+    u32 most = 0;
+    launch({3, 1, 1}, 256, [&] { largest(z.data(), &most, z.size()); });
+    float expected_most = 0;
+    for (float x : z) if (std::isfinite(x)) expected_most = std::max(expected_most, std::fabs(x));
+    check(__uint_as_float(most) == expected_most, "largest");
+    launch({3, 1, 1}, 256, [&] {
+        add_vectors(z.data(), found.data(), &most, sums.data(), counted.data(), z.size(), size, dim, digits);
+    });
+    launch({2, 1, 1}, 256, [&] {
+        code_statistics(sums.data(), counted.data(), &most, to.data(), sums.size(), size, digits);
     });
     for (u32 k = 0; k < size; k++) {
-        float n = 0;
+        u32 n = 0;
+        for (u32 i = 0; i < count; i++) n += found[i] == k;
+        check(to[size * dim + k] == n, "code_statistics, counts");
         for (u32 d = 0; d < dim; d++) {
-            float sum = 0;
-            n = 0;
-            for (u32 i = 0; i < count; i++) if (found[i] == k) { sum += z[i * dim + d]; n++; }
-            check(totals[k * dim + d] == sum, "code_statistics, sums");
+            double sum = 0;
+            for (u32 i = 0; i < count; i++) if (found[i] == k) sum += z[i * dim + d];
+            check(near(to[k * dim + d], sum, 1e-7 * (1 + std::fabs(sum))), "code_statistics, sums");
         }
-        check(counts[k] == n, "code_statistics, counts");
     }
 }
 
@@ -294,9 +368,11 @@ static void pictures() {
 int main() {
     conversions();
     weights<float>(); weights<bf16>();
-    finishing<float>(3, false); finishing<bf16>(5, false); finishing<float>(8, true); finishing<bf16>(4, true);
-    masks<float>(); masks<bf16>();
-    sums<float>(100, 3, 4); sums<bf16>(37, 70, 1); sums<float>(5, 33, 8);
+    finishing<float, 1>(3); finishing<bf16, 1>(5); finishing<float, 4>(8); finishing<bf16, 8>(16);
+    sums<float, 1>(100, 3, 4); sums<bf16, 1>(37, 70, 1); sums<float, 1>(5, 333, 8);
+    sums<float, 4>(100, 64, 3); sums<bf16, 8>(300, 128, 5); sums<bf16, 8>(9, 2056, 2);
+    axes();
+    errors(1, 1); errors(1000, 3);
     codes(1, 1, 1, false); codes(70, 5, 3, false); codes(130, 100, 20, true); codes(65, 64, 64, true);
     codes(5, 2, 300, true); codes(2100, 7, 4, false);
     optimizer();

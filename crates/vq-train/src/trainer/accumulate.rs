@@ -1,6 +1,7 @@
 //! The gradient of a batch, all at once or part by part.
 
 use candle_core::backprop::GradStore;
+use vq_ops::Gradients;
 
 use super::Trainer;
 use super::pending::{PartOfStep, Seen};
@@ -52,6 +53,7 @@ impl<T: Trainable> Trainer<T> {
         part: &T::Batch,
         step: u64,
     ) -> Result<(GradStore, PartOfStep, T::Residue)> {
+        let beside = Gradients::new();
         let forward = self.task.forward(part, step).map_err(|error| self.explain(step, error))?;
         let Forward { loss, figures, examples, residue } = forward;
         let seen = if self.read_every > 1 {
@@ -61,7 +63,7 @@ impl<T: Trainable> Trainer<T> {
             self.require_finite_loss(step, &terms)?;
             Seen::Read(terms, usage)
         };
-        Ok((loss.backward()?, PartOfStep { examples, seen }, residue))
+        Ok((beside.backward(&loss)?, PartOfStep { examples, seen }, residue))
     }
 
     /// Adds `weight` times the parameters' gradients of one part to those of the parts before it.

@@ -9,7 +9,6 @@ use candle_core::{DType, Device, Tensor};
 use vq_ops::{Recording, StepNumber, can_record, rehearse};
 
 use super::Trainer;
-use super::accumulate::Learned;
 use super::pending::{Norm, PartOfStep, Report, Seen};
 use crate::optimizer::{Clip, Numbers};
 use crate::schedule::learning_rate;
@@ -71,7 +70,8 @@ impl<T: Trainable> Trainer<T> {
                     )?,
                     None => false,
                 };
-                let done = if is_alike { Some(self.run_recorded(&mut recorded, step)) } else { None };
+                let done =
+                    if is_alike { Some(self.run_recorded(&mut recorded, step)) } else { None };
                 self.repeating = Repeating::On(recorded);
                 done.transpose().map(|done| if done.is_some() { None } else { Some(batch) })
             }

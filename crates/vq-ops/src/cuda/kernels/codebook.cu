@@ -13,25 +13,30 @@ extern "C" __global__ void codebook_mean(const float* codebook, float* mean, u32
     if (threadIdx.x == 0) mean[blockIdx.x] = (float)(sums[0] / codes);
 }
 
-// ½‖e − mean‖² of every code.
+// ½‖e − mean‖² of every code: 32 threads each, 8 codes a block.
 extern "C" __global__ void half_norms(const float* codebook, const float* mean, float* norms, u32 codes,
                                       u32 dim) {
-    u32 k = thread_number();
-    if (k >= codes) return;
+    __shared__ double sums[256];
+    const u32 lane = threadIdx.x % 32, k = blockIdx.x * 8 + threadIdx.x / 32;
     double sum = 0.;
-    for (u32 d = 0; d < dim; d++) {
+    for (u32 d = lane; d < dim && k < codes; d += 32) {
         double x = codebook[(u64)k * dim + d] - mean[d];
         sum += x * x;
     }
-    norms[k] = (float)(0.5 * sum);
+    sums[threadIdx.x] = sum;
+    for (u32 width = 16; width > 0; width /= 2) {
+        __syncthreads();
+        if (lane < width) sums[threadIdx.x] += sums[threadIdx.x + width];
+    }
+    if (lane == 0 && k < codes) norms[k] = (float)(0.5 * sums[threadIdx.x]);
 }
 
 #define NONE 0xffffffffu
 #define INFINITE __uint_as_float(0x7f800000u)
 #define ROWS 64    // vectors of a block
-#define CODES 64   // codes that they meet at a time
+#define CODES 128  // codes that they meet at a time
 #define DEPTH 16   // components at a time
-#define SIDE 16    // a block is SIDE × SIDE threads of 4 × 4 products each
+#define LANES 32   // a block is 8 × LANES threads of 8 × 4 products each
 
 // A score and its code, and the best score of any other code.
 struct Best { float score, second; u32 code; };
@@ -79,67 +84,94 @@ __device__ u32 nearest_exactly(const float* z, const float* codebook, u32 codes,
 }
 
 // argmin_k ½‖e_k − mean‖² − (z − mean)·(e_k − mean) in f32; where the second-best is closer than rounding
-// can tell apart, that vector is searched again in f64. A vector that is not finite gets NONE.
+// can tell apart, that vector is searched again in f64. A vector that is not finite gets NONE. 256 threads.
 extern "C" __global__ void nearest(const float* z, const float* codebook, const float* mean,
                                    const float* norms, u32* found, u32 count, u32 codes, u32 dim) {
-    // Padded, so that threads that write one column meet different banks.
-    __shared__ float zs[DEPTH][ROWS + 4];
-    __shared__ float es[DEPTH][CODES + 4];
-    __shared__ Best bests[ROWS][SIDE];
+    // Vectors and codes, [DEPTH][ROWS + 4] and [DEPTH][CODES + 4] (so that threads that write one column meet
+    // different banks), and then what each thread has found.
+    __shared__ Group<float, 4> pool[ROWS * LANES * 3 / 4];
     __shared__ float row_norms[ROWS];
     __shared__ u32 unclear[ROWS];
-    __shared__ double distances[SIDE * SIDE];
-    __shared__ u32 places[SIDE * SIDE];
-    __shared__ float radii[SIDE * SIDE];
-    const u32 thread = threadIdx.x, tx = thread % SIDE, ty = thread / SIDE;
+    __shared__ double distances[256];
+    __shared__ u32 places[256];
+    __shared__ float radii[256];
+    float (*zs)[ROWS + 4] = (float(*)[ROWS + 4])pool;
+    float (*es)[CODES + 4] = (float(*)[CODES + 4])((float*)pool + DEPTH * (ROWS + 4));
+    Best (*bests)[LANES] = (Best(*)[LANES])pool;
+    const u32 thread = threadIdx.x, tx = thread % LANES, ty = thread / LANES;
     const u32 first = blockIdx.x * ROWS;
 
     float most = 0.f;
-    for (u32 k = thread; k < codes; k += SIDE * SIDE) most = norms[k] > most ? norms[k] : most;
+    for (u32 k = thread; k < codes; k += 256) most = norms[k] > most ? norms[k] : most;
     radii[thread] = most;
-    if (thread < ROWS) row_norms[thread] = 0.f;
+    float row_norm = 0.f;
 
-    Best best[4];
-    for (int i = 0; i < 4; i++) { best[i].score = best[i].second = INFINITE; best[i].code = NONE; }
+    Best best[8];
+    for (int i = 0; i < 8; i++) { best[i].score = best[i].second = INFINITE; best[i].code = NONE; }
+    // Each thread brings one component of every 16th vector and code; the next ones while these are used.
+    const u32 d_own = thread % DEPTH, r_own = thread / DEPTH;
+    float z_next[ROWS / 16], e_next[CODES / 16];
+    auto fetch = [&](u32 start, u32 deep) {
+        const u32 d = deep + d_own;
+        const float shift = d < dim ? mean[d] : 0.f;
+        for (u32 i = 0; i < ROWS / 16; i++) {
+            u32 r = first + r_own + 16 * i;
+            z_next[i] = d < dim && r < count ? z[(u64)r * dim + d] - shift : 0.f;
+        }
+        for (u32 i = 0; i < CODES / 16; i++) {
+            u32 k = start + r_own + 16 * i;
+            e_next[i] = d < dim && k < codes ? codebook[(u64)k * dim + d] - shift : 0.f;
+        }
+    };
+    fetch(0, 0);
     for (u32 start = 0; start < codes; start += CODES) {
-        float products[4][4] = {};
+        float products[8][4] = {};
         for (u32 deep = 0; deep < dim; deep += DEPTH) {
             __syncthreads();
-            for (u32 i = thread; i < ROWS * DEPTH; i += SIDE * SIDE) {
-                u32 d = i % DEPTH, r = i / DEPTH;
-                bool is_inside = deep + d < dim;
-                float shift = is_inside ? mean[deep + d] : 0.f;
-                zs[d][r] = is_inside && first + r < count ? z[(u64)(first + r) * dim + deep + d] - shift : 0.f;
-                es[d][r] = is_inside && start + r < codes
-                               ? codebook[(u64)(start + r) * dim + deep + d] - shift : 0.f;
-            }
+            for (u32 i = 0; i < ROWS / 16; i++) zs[d_own][r_own + 16 * i] = z_next[i];
+            for (u32 i = 0; i < CODES / 16; i++) es[d_own][r_own + 16 * i] = e_next[i];
             __syncthreads();
+            if (deep + DEPTH < dim) fetch(start, deep + DEPTH);
+            else if (start + CODES < codes) fetch(start + CODES, 0);
             if (start == 0 && thread < ROWS) {
-                for (u32 d = 0; d < DEPTH; d++) row_norms[thread] += zs[d][thread] * zs[d][thread];
+                for (u32 d = 0; d < DEPTH; d++) row_norm += zs[d][thread] * zs[d][thread];
             }
+            #pragma unroll
             for (u32 d = 0; d < DEPTH; d++) {
-                float a[4], b[4];
-                for (int i = 0; i < 4; i++) { a[i] = zs[d][ty * 4 + i]; b[i] = es[d][tx * 4 + i]; }
-                for (int i = 0; i < 4; i++)
-                    for (int j = 0; j < 4; j++) products[i][j] += a[i] * b[j];
+                Group<float, 4> a0 = *(const Group<float, 4>*)&zs[d][ty * 8];
+                Group<float, 4> a1 = *(const Group<float, 4>*)&zs[d][ty * 8 + 4];
+                Group<float, 4> b = *(const Group<float, 4>*)&es[d][tx * 4];
+                #pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    #pragma unroll
+                    for (int j = 0; j < 4; j++) {
+                        products[i][j] += a0.at[i] * b.at[j];
+                        products[i + 4][j] += a1.at[i] * b.at[j];
+                    }
+                }
             }
         }
+        #pragma unroll
         for (int j = 0; j < 4; j++) {
             u32 k = start + tx * 4 + j;
-            if (k >= codes) continue;
-            float norm = norms[k];
-            for (int i = 0; i < 4; i++) take(best[i], norm - products[i][j], k);
+            if (k < codes) {
+                float norm = norms[k];
+                #pragma unroll
+                for (int i = 0; i < 8; i++) take(best[i], norm - products[i][j], k);
+            }
         }
     }
-    for (int i = 0; i < 4; i++) bests[ty * 4 + i][tx] = best[i];
-    for (u32 width = SIDE * SIDE / 2; width > 0; width /= 2) {
+    __syncthreads();
+    for (int i = 0; i < 8; i++) bests[ty * 8 + i][tx] = best[i];
+    if (thread < ROWS) row_norms[thread] = row_norm;
+    for (u32 width = 128; width > 0; width /= 2) {
         __syncthreads();
         if (thread < width && radii[thread + width] > radii[thread]) radii[thread] = radii[thread + width];
     }
     __syncthreads();
     if (thread < ROWS) {
         Best whole = bests[thread][0];
-        for (u32 x = 1; x < SIDE; x++) {
+        for (u32 x = 1; x < LANES; x++) {
             Best part = bests[thread][x];
             take(whole, part.score, part.code);
             if (part.second < whole.second) whole.second = part.second;
@@ -160,51 +192,45 @@ extern "C" __global__ void nearest(const float* z, const float* codebook, const 
     }
 }
 
-#define CHUNK 1024  // codes looked at together by 256 threads
-
-// Counts [codes] and sums [codes][dim] of the vectors of each code, added in their order. One block of 256
-// threads per code and 256 components (blockIdx.y). Codes that are out of range count for nothing.
-extern "C" __global__ void code_statistics(const float* z, const u32* assigned, float* counts, float* sums,
-                                           u32 count, u32 codes, u32 dim) {
-    __shared__ u32 matches[256];       // of each thread's four
-    __shared__ u32 rows[CHUNK];
-    __shared__ u32 totals[8];          // of 32 threads each
-    const u32 thread = threadIdx.x, code = blockIdx.x, component = blockIdx.y * 256 + thread;
-    float sum = 0.f;
-    u32 total = 0;
-    for (u32 start = 0; start < count; start += CHUNK) {
-        u32 own[4], n = 0;
-        for (u32 i = 0; i < 4; i++) {
-            u32 row = start + thread * 4 + i;
-            if (row < count && assigned[row] == code) own[n++] = row;
-        }
-        matches[thread] = n;
-        __syncthreads();
-        if (thread < 8) {
-            u32 t = 0;
-            for (u32 i = 0; i < 32; i++) t += matches[thread * 32 + i];
-            totals[thread] = t;
-        }
-        __syncthreads();
-        u32 here = 0;
-        for (u32 i = 0; i < 8; i++) here += totals[i];
-        if (here > 0) {
-            if (n > 0) {
-                u32 place = 0;
-                for (u32 i = 0; i < thread / 32; i++) place += totals[i];
-                for (u32 i = thread / 32 * 32; i < thread; i++) place += matches[i];
-                for (u32 i = 0; i < n; i++) rows[place + i] = own[i];
-            }
-            __syncthreads();
-            if (component < dim) {
-                for (u32 i = 0; i < here; i++) sum += z[(u64)rows[i] * dim + component];
-            }
-            total += here;
-        }
-        __syncthreads();
+// The largest |z| that is a number, as bits: they are in the order of what they mean.
+extern "C" __global__ void largest(const float* z, u32* bits, u64 n) {
+    __shared__ u32 most[256];
+    u32 own = 0;
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        u32 x = __float_as_uint(z[i]) & 0x7fffffffu;
+        if (x < 0x7f800000u && x > own) own = x;
     }
-    if (component < dim) sums[(u64)code * dim + component] = sum;
-    if (component == 0) counts[code] = (float)total;
+    most[threadIdx.x] = own;
+    for (u32 width = 128; width > 0; width /= 2) {
+        __syncthreads();
+        if (threadIdx.x < width && most[threadIdx.x + width] > most[threadIdx.x]) most[threadIdx.x] = most[threadIdx.x + width];
+    }
+    if (threadIdx.x == 0) atomicMax(bits, most[0]);
+}
+
+// 2ᵏ, such that numbers up to the largest times it are below 2^digits.
+__device__ inline double unit(u32 largest, int digits) { return ldexp(1., digits - ((int)(largest >> 23) - 126)); }
+
+// Adds the vectors of each code, as integers: so that the sums are the same in whatever order they are added.
+// Codes that are out of range count for nothing. All is 0 before.
+extern "C" __global__ void add_vectors(const float* z, const u32* assigned, const u32* largest, u64* sums,
+                                       u32* counts, u64 n, u32 codes, u32 dim, int digits) {
+    const double scale = unit(*largest, digits);
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        u32 d = i % dim, code = assigned[i / dim];
+        if (code >= codes) continue;
+        atomicAdd(sums + (u64)code * dim + d, (u64)(long long)rint((double)z[i] * scale));
+        if (d == 0) atomicAdd(counts + code, 1u);
+    }
+}
+
+// The sums [codes][dim] and then the counts [codes] as f32.
+extern "C" __global__ void code_statistics(const u64* sums, const u32* counts, const u32* largest, float* to,
+                                           u64 n, u32 codes, int digits) {
+    const double scale = 1. / unit(*largest, digits);
+    for (u64 i = thread_number(); i < n + codes; i += thread_count()) {
+        to[i] = i < n ? (float)((double)(long long)sums[i] * scale) : (float)counts[i - n];
+    }
 }
 
 // The factor of moving averages in step t: `decay`, and at most t/(t + warmup).

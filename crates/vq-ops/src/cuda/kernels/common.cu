@@ -18,8 +18,9 @@ template <> __device__ inline bf16 from_float<bf16>(float x) {
     return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
-// Four elements that are read and written at once.
-template <typename T> struct alignas(4 * sizeof(T)) Four { T at[4]; };
+// Elements that are read and written at once: 16 bytes, or one by one.
+template <typename T, int N> struct alignas(N * sizeof(T)) Group { T at[N]; };
+template <typename T> constexpr int GROUP = 16 / sizeof(T);
 
 // NaN goes through, as PyTorch's does.
 __device__ inline float relu(float x) { return x <= 0.f ? 0.f : x; }
@@ -28,3 +29,17 @@ __device__ inline bool is_finite(float x) { return (__float_as_uint(x) & 0x7f800
 
 __device__ inline u64 thread_number() { return (u64)blockIdx.x * blockDim.x + threadIdx.x; }
 __device__ inline u64 thread_count() { return (u64)gridDim.x * blockDim.x; }
+
+// Whether this block is the last of `blocks` to come here, so that it sees what all have written before. The
+// counter is 0 before and after. All threads of the block.
+__device__ inline bool is_last_block(u32* counter, u32 blocks) {
+    __shared__ u32 place;
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        place = atomicAdd(counter, 1u);
+        if (place == blocks - 1) *counter = 0;
+    }
+    __syncthreads();
+    return place == blocks - 1;
+}

@@ -1,116 +1,140 @@
 // What surrounds a convolution: its weight's layout, bias, ReLU, residual, and their gradients.
 
-// [outer][inner][taps] f32 to [outer][taps][inner].
-template <typename T>
-__device__ void pack_weight(const float* from, T* to, u32 outer, u32 inner, u32 taps) {
-    u64 n = (u64)outer * inner * taps;
-    for (u64 i = thread_number(); i < n; i += thread_count()) {
-        u32 c = i % inner, tap = i / inner % taps;
-        u64 o = i / inner / taps;
-        to[i] = from_float<T>(from[(o * inner + c) * taps + tap]);
+#define PARTS 64
+
+// One tensor of several that are side by side from `to` on. [outer][inner][taps] f32 on one side and
+// [outer][taps][inner] on the other; where `is_plain`, f32 on both.
+struct Part { const void* from; u64 to; u32 outer, inner, taps, is_plain; };
+struct PartTable { Part at[PARTS]; };
+
+// Weights [outer][inner][taps] f32 to [outer][taps][inner]; blockIdx.y is the tensor.
+template <typename T> __device__ void pack_weights(const PartTable& table, T* to) {
+    Part part = table.at[blockIdx.y];
+    const float* from = (const float*)part.from;
+    u32 n = part.outer * part.inner * part.taps;
+    for (u32 i = thread_number(); i < n; i += thread_count()) {
+        u32 c = i % part.inner, tap = i / part.inner % part.taps, o = i / part.inner / part.taps;
+        to[part.to + i] = from_float<T>(from[(o * part.inner + c) * part.taps + tap]);
     }
 }
 
-// [outer][taps][inner] to [outer][inner][taps] f32.
-template <typename T>
-__device__ void unpack_weight(const T* from, float* to, u32 outer, u32 inner, u32 taps) {
-    u64 n = (u64)outer * inner * taps;
-    for (u64 i = thread_number(); i < n; i += thread_count()) {
-        u32 tap = i % taps, c = i / taps % inner;
-        u64 o = i / taps / inner;
-        to[i] = to_float(from[(o * taps + tap) * inner + c]);
+// Gradients [outer][taps][inner] to [outer][inner][taps] f32; blockIdx.y is the tensor.
+template <typename T> __device__ void unpack_gradients(const PartTable& table, float* to) {
+    Part part = table.at[blockIdx.y];
+    u32 n = part.outer * part.inner * part.taps;
+    for (u32 i = thread_number(); i < n; i += thread_count()) {
+        u32 tap = i % part.taps, c = i / part.taps % part.inner, o = i / part.taps / part.inner;
+        u32 at = (o * part.taps + tap) * part.inner + c;
+        to[part.to + i] = part.is_plain ? ((const float*)part.from)[at] : to_float(((const T*)part.from)[at]);
     }
 }
 
+// plain = y + bias + residual and rectified = relu(plain), each where it is not null. n elements in groups of
+// N, the last axis of `channels`, which no group crosses.
 template <typename T, int N>
-__device__ void finish_at(u64 i, const T* y, const float* bias, const T* residual, T* plain, T* rectified,
-                          u32 channels) {
-    for (int j = 0; j < N; j++) {
-        float value = to_float(y[j]);
-        if (bias) value += bias[i % channels + j];
-        if (residual) value += to_float(residual[j]);
-        T rounded = from_float<T>(value);
-        if (plain) plain[j] = rounded;
-        if (rectified) rectified[j] = from_float<T>(relu(to_float(rounded)));
-    }
-}
-
-// plain = y + bias + residual and rectified = relu(plain), each where it is not null. n elements, the last
-// axis of `channels`. Four at a time where they do not cross a row.
-template <typename T>
 __device__ void finish(const T* y, const float* bias, const T* residual, T* plain, T* rectified, u64 n,
-                       u32 channels, bool by_four) {
-    if (!by_four) {
-        for (u64 i = thread_number(); i < n; i += thread_count()) {
-            finish_at<T, 1>(i, y + i, bias, residual ? residual + i : 0, plain ? plain + i : 0,
-                            rectified ? rectified + i : 0, channels);
+                       u32 channels) {
+    typedef Group<T, N> Elements;
+    for (u64 i = N * thread_number(); i < n; i += N * thread_count()) {
+        Elements from = *(const Elements*)(y + i), other = from, to, to_rectified;
+        if (residual) other = *(const Elements*)(residual + i);
+        const u32 channel = n >> 32 ? (u32)(i % channels) : (u32)i % channels;
+        for (int j = 0; j < N; j++) {
+            float value = to_float(from.at[j]);
+            if (bias) value += bias[channel + j];
+            if (residual) value += to_float(other.at[j]);
+            to.at[j] = from_float<T>(value);
+            to_rectified.at[j] = from_float<T>(relu(to_float(to.at[j])));
         }
-        return;
-    }
-    for (u64 i = 4 * thread_number(); i < n; i += 4 * thread_count()) {
-        Four<T> from = *(const Four<T>*)(y + i), other = from, to, to_rectified;
-        if (residual) other = *(const Four<T>*)(residual + i);
-        finish_at<T, 4>(i, from.at, bias, residual ? other.at : 0, to.at, to_rectified.at, channels);
-        if (plain) *(Four<T>*)(plain + i) = to;
-        if (rectified) *(Four<T>*)(rectified + i) = to_rectified;
+        if (plain) *(Elements*)(plain + i) = to;
+        if (rectified) *(Elements*)(rectified + i) = to_rectified;
     }
 }
 
-// to = grad where gate is above 0 (or NaN), else 0; plus `more` where it is not null.
-template <typename T>
-__device__ void mask(const T* grad, const T* gate, const T* more, T* to, u64 n) {
-    for (u64 i = thread_number(); i < n; i += thread_count()) {
-        float value = to_float(gate[i]) <= 0.f ? 0.f : to_float(grad[i]);
-        if (more) value += to_float(more[i]);
-        to[i] = from_float<T>(value);
+// Where `gate` is given: to = grad where gate is above 0 (or NaN), else 0; plus `more` where that is not null.
+// The sums of the columns of `to`, or without a gate of `grad`, [rows][columns]: each block adds up some rows,
+// and the last one the blocks, always in the same order. blockIdx.y: 256 groups of N columns. 256 threads.
+// partial [gridDim.x][columns], a counter per blockIdx.y.
+template <typename T, int N>
+__device__ void sum_columns(const T* grad, const T* gate, const T* more, T* to, float* partial, float* sums,
+                            u32* counters, u64 rows, u32 columns) {
+    typedef Group<T, N> Elements;
+    __shared__ float shared[256 * N];
+    const u32 first = blockIdx.y * 256, all = columns / N;
+    const u32 width = all - first < 256 ? all - first : 256, height = 256 / width;
+    const u32 lane = threadIdx.x % width, row = threadIdx.x / width;
+    float own[N] = {};
+    if (row < height) {
+        for (u64 r = (u64)blockIdx.x * height + row; r < rows; r += (u64)gridDim.x * height) {
+            const u64 at = r * columns + (first + lane) * N;
+            Elements values = *(const Elements*)(grad + at);
+            if (gate) {
+                Elements gates = *(const Elements*)(gate + at), others = values;
+                if (more) others = *(const Elements*)(more + at);
+                for (int j = 0; j < N; j++) {
+                    float value = to_float(gates.at[j]) <= 0.f ? 0.f : to_float(values.at[j]);
+                    if (more) value += to_float(others.at[j]);
+                    values.at[j] = from_float<T>(value);
+                }
+                *(Elements*)(to + at) = values;
+            }
+            for (int j = 0; j < N; j++) own[j] += to_float(values.at[j]);
+        }
     }
-}
-
-// Sums of the columns of [rows][columns], one partial result per block of rows: [gridDim.y][columns].
-// Threads: 32 columns by 8 rows.
-template <typename T>
-__device__ void column_sums(const T* from, float* partial, u64 rows, u32 columns) {
-    __shared__ float sums[8][32];
-    u32 lane = threadIdx.x % 32, row = threadIdx.x / 32;
-    u32 column = blockIdx.x * 32 + lane;
-    float sum = 0.f;
-    if (column < columns) {
-        u64 each = (rows + gridDim.y - 1) / gridDim.y;
-        u64 first = each * blockIdx.y, end = first + each < rows ? first + each : rows;
-        for (u64 r = first + row; r < end; r += 8) sum += to_float(from[r * columns + column]);
-    }
-    sums[row][lane] = sum;
+    for (int j = 0; j < N; j++) shared[threadIdx.x * N + j] = own[j];
     __syncthreads();
-    if (row == 0 && column < columns) {
-        for (u32 r = 1; r < 8; r++) sum += sums[r][lane];
-        partial[(u64)blockIdx.y * columns + column] = sum;
+    const u32 here = width * N, start = first * N;
+    for (u32 c = threadIdx.x; c < here; c += 256) {
+        float sum = 0.f;
+        for (u32 r = 0; r < height; r++) sum += shared[r * here + c];
+        partial[(u64)blockIdx.x * columns + start + c] = sum;
+    }
+    if (!is_last_block(counters + blockIdx.y, gridDim.x)) return;
+    const u32 parts = here < 256 ? 256 / here : 1, part = threadIdx.x / here;
+    for (u32 c = threadIdx.x % here; c < here; c += 256) {
+        float sum = 0.f;
+        if (part < parts) {
+            for (u32 b = part; b < gridDim.x; b += parts) sum += __ldcg(partial + (u64)b * columns + start + c);
+        }
+        if (parts == 1) sums[start + c] = sum;
+        else shared[threadIdx.x] = sum;
+    }
+    if (parts == 1) return;
+    __syncthreads();
+    if (threadIdx.x < here) {
+        float sum = 0.f;
+        for (u32 p = 0; p < parts; p++) sum += shared[p * here + threadIdx.x];
+        sums[start + threadIdx.x] = sum;
     }
 }
 
-extern "C" __global__ void add_rows_f32(const float* partial, float* to, u32 rows, u32 columns) {
-    u32 column = thread_number();
-    if (column >= columns) return;
-    float sum = 0.f;
-    for (u32 r = 0; r < rows; r++) sum += partial[(u64)r * columns + column];
-    to[column] = sum;
+// [batch][rows][columns] to [batch][columns][rows].
+extern "C" __global__ void swap_axes(const float* from, float* to, u64 n, u32 rows, u32 columns) {
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        u32 r = i % rows, c = i / rows % columns;
+        u64 b = i / rows / columns;
+        to[i] = from[(b * rows + r) * columns + c];
+    }
 }
 
-#define LAYERS(T, name)                                                                                    \
-    extern "C" __global__ void pack_weight_##name(const float* from, T* to, u32 outer, u32 inner, u32 taps) { \
-        pack_weight<T>(from, to, outer, inner, taps);                                                      \
-    }                                                                                                      \
-    extern "C" __global__ void unpack_weight_##name(const T* from, float* to, u32 outer, u32 inner, u32 taps) { \
-        unpack_weight<T>(from, to, outer, inner, taps);                                                    \
-    }                                                                                                      \
+#define SUMS(T, name, N)                                                                                  \
     extern "C" __global__ void finish_##name(const T* y, const float* bias, const T* residual, T* plain,   \
-                                             T* rectified, u64 n, u32 channels, u32 by_four) {             \
-        finish<T>(y, bias, residual, plain, rectified, n, channels, by_four);                              \
+                                             T* rectified, u64 n, u32 channels) {                         \
+        finish<T, N>(y, bias, residual, plain, rectified, n, channels);                                    \
     }                                                                                                      \
-    extern "C" __global__ void mask_##name(const T* grad, const T* gate, const T* more, T* to, u64 n) {    \
-        mask<T>(grad, gate, more, to, n);                                                                  \
-    }                                                                                                      \
-    extern "C" __global__ void column_sums_##name(const T* from, float* partial, u64 rows, u32 columns) {  \
-        column_sums<T>(from, partial, rows, columns);                                                      \
+    extern "C" __global__ void sum_columns_##name(const T* grad, const T* gate, const T* more, T* to,      \
+                                                  float* partial, float* sums, u32* counters, u64 rows,    \
+                                                  u32 columns) {                                           \
+        sum_columns<T, N>(grad, gate, more, to, partial, sums, counters, rows, columns);                   \
+    }
+#define LAYERS(T, name)                                                                                    \
+    extern "C" __global__ void pack_weights_##name(PartTable table, T* to) { pack_weights<T>(table, to); } \
+    extern "C" __global__ void unpack_gradients_##name(PartTable table, float* to) {                       \
+        unpack_gradients<T>(table, to);                                                                    \
     }
 LAYERS(float, f32)
 LAYERS(bf16, bf16)
+SUMS(float, f32, 1)
+SUMS(bf16, bf16, 1)
+SUMS(float, f32_grouped, GROUP<float>)
+SUMS(bf16, bf16_grouped, GROUP<bf16>)

@@ -92,3 +92,46 @@ extern "C" __global__ void dropout(const float* from, float* to, u64 n, u32 seed
         to[i] = hash < threshold ? 0.f : from[i] * scale;
     }
 }
+
+// factor·Σ(a − b)². Each block adds up some elements, and the last one the blocks. 256 threads.
+extern "C" __global__ void squared_error(const float* a, const float* b, double* partial, float* to,
+                                         u32* counter, u64 n, double factor) {
+    __shared__ double sums[256];
+    double sum = 0.;
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        float x = a[i] - b[i];
+        sum += (double)x * x;
+    }
+    sums[threadIdx.x] = sum;
+    for (u32 width = 128; width > 0; width /= 2) {
+        __syncthreads();
+        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
+    }
+    if (threadIdx.x == 0) partial[blockIdx.x] = sums[0];
+    if (!is_last_block(counter, gridDim.x)) return;
+    sum = 0.;
+    for (u32 i = threadIdx.x; i < gridDim.x; i += 256) sum += __ldcg(partial + i);
+    sums[threadIdx.x] = sum;
+    for (u32 width = 128; width > 0; width /= 2) {
+        __syncthreads();
+        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
+    }
+    if (threadIdx.x == 0) to[0] = (float)(sums[0] * factor);
+}
+
+// factor·grad·(a − b): of_a, and its opposite of_b, each where it is not null.
+extern "C" __global__ void squared_error_gradient(const float* a, const float* b, const float* grad, float* of_a,
+                                                  float* of_b, u64 n, float factor) {
+    const float scale = factor * *grad;
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        float x = scale * (a[i] - b[i]);
+        if (of_a) of_a[i] = x;
+        if (of_b) of_b[i] = -x;
+    }
+}
+
+// wx·x + wy·y + wz·z of three numbers.
+extern "C" __global__ void weighted_sum(const float* x, const float* y, const float* z, float* to, float wx,
+                                        float wy, float wz) {
+    if (thread_number() == 0) *to = wx * *x + wy * *y + wz * *z;
+}
