@@ -7,33 +7,42 @@
 use std::sync::{Mutex, PoisonError};
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Storage, Tensor, bail};
 
 use crate::Precision;
+use crate::cpu::conv::Geometry;
 use crate::fused::{Convolution, Step};
 use crate::gradients::{self, Delivery};
 use crate::primitives::{
-    Gradient, Outputs, Product, column_sums, finish, mask, multiply, pack_weights, unpack_gradients,
+    Gradient, Outputs, Product, column_sums, enter, finish, leave, mask, multiply, pack_weights,
+    unpack_gradients,
 };
 
 /// Runs the steps on `x` `[B, H, W, C]` f32, with the parameters, contiguous, in the order of the layers'. Differentiable in all.
 pub(crate) fn run(
-    steps: Vec<Step>,
+    mut steps: Vec<Step>,
     precision: Precision,
     x: &Tensor,
     params: &[Tensor],
 ) -> Result<Tensor> {
-    let dtype = match precision {
-        Precision::F32 => DType::F32,
-        Precision::Bf16 => DType::BF16,
+    let (dtype, group) = match precision {
+        Precision::F32 => (DType::F32, 4),
+        Precision::Bf16 => (DType::BF16, 8),
     };
     let x = x.contiguous()?;
+    let channels = steps.iter().rev().find_map(Step::out_channels).unwrap_or(x.dim(D::Minus1)?);
+    for convolution in steps.iter_mut().flat_map(Step::convolutions_mut) {
+        let Geometry { large, small, .. } = &mut convolution.geometry;
+        large.channels = large.channels.next_multiple_of(group);
+        small.channels = small.channels.next_multiple_of(group);
+    }
+    let shape = Shaped { dtype, group, channels };
     let detached: Vec<Tensor> = params.iter().map(Tensor::detach).collect();
-    let packed = Packed::new(&detached, dtype)?;
-    let (output, tape) = forward(&steps, dtype, &x.detach(), &packed)?;
+    let packed = Packed::new(&steps, &detached, dtype)?;
+    let (output, tape) = forward(&steps, shape, &x.detach(), &packed)?;
     let tracked = params.iter().find(|param| param.track_op());
     if !x.track_op() && tracked.is_none() {
-        return output.to_dtype(DType::F32);
+        return leave(&output, channels);
     }
     // The graph's second operand: all parameters side by side, or, where their gradients are delivered beside
     // the graph, any of them, for the operation's sake.
@@ -46,21 +55,32 @@ pub(crate) fn run(
         (None, _) => (output.detach(), None),
     };
     let tape = Mutex::new(Some(tape));
-    let op = DeviceStack { steps, dtype, params: detached, output, tape, delivery };
+    let op = DeviceStack { steps, shape, params: detached, output, tape, delivery };
     x.apply_op2(&second, op)
 }
 
 /// The operation that the graph knows: its forward pass has run already.
 struct DeviceStack {
     steps: Vec<Step>,
-    dtype: DType,
+    shape: Shaped,
     params: Vec<Tensor>,
-    /// Not yet in f32.
+    /// As the last step left it.
     output: Tensor,
     /// Gone after the first backward pass.
     tape: Mutex<Option<Vec<Kept>>>,
     /// Where the parameters' gradients go, if not into the graph.
     delivery: Option<Delivery>,
+}
+
+/// What maps are inside of a stack: their number of channels is a multiple of 16 bytes, with zeros beyond those
+/// that count, since cuDNN would otherwise copy them to such maps for every product.
+#[derive(Clone, Copy)]
+struct Shaped {
+    dtype: DType,
+    /// Elements of 16 bytes.
+    group: usize,
+    /// Of the output.
+    channels: usize,
 }
 
 /// The parameters as the products take them: of each convolution in turn.
@@ -70,8 +90,12 @@ struct Packed {
 }
 
 impl Packed {
-    fn new(params: &[Tensor], dtype: DType) -> Result<Self> {
-        let weights: Vec<Tensor> = params.iter().step_by(2).cloned().collect();
+    fn new(steps: &[Step], params: &[Tensor], dtype: DType) -> Result<Self> {
+        let shapes = steps.iter().flat_map(Step::convolutions).map(|convolution| {
+            let (outer, inner, _) = convolution.geometry.weight_shape();
+            (outer, inner)
+        });
+        let weights: Vec<_> = params.iter().step_by(2).cloned().zip(shapes).collect();
         let biases = params.iter().skip(1).step_by(2).map(Tensor::contiguous);
         Ok(Self { weights: pack_weights(&weights, dtype)?, biases: biases.collect::<Result<_>>()? })
     }
@@ -152,6 +176,31 @@ impl Map {
 }
 
 impl Step {
+    fn convolutions(&self) -> impl Iterator<Item = &Convolution> {
+        let both = match self {
+            Self::Convolution(convolution) => [Some(convolution), None],
+            Self::Relu(_) => [None, None],
+            Self::Residual { first, second } => [Some(first), Some(second)],
+        };
+        both.into_iter().flatten()
+    }
+
+    fn convolutions_mut(&mut self) -> impl Iterator<Item = &mut Convolution> {
+        let both = match self {
+            Self::Convolution(convolution) => [Some(convolution), None],
+            Self::Relu(_) => [None, None],
+            Self::Residual { first, second } => [Some(first), Some(second)],
+        };
+        both.into_iter().flatten()
+    }
+
+    fn out_channels(&self) -> Option<usize> {
+        self.convolutions().last().map(|last| {
+            let Geometry { large, small, .. } = last.geometry;
+            if last.transposed { large.channels } else { small.channels }
+        })
+    }
+
     /// The forms of its input that the step uses.
     fn wants(&self) -> Outputs {
         match self {
@@ -179,18 +228,28 @@ impl Convolution {
     fn gradients(&self, x: &Tensor, back: &Back) -> Result<[Gradient; 2]> {
         let (large, small) = if self.transposed { (&back.grad, x) } else { (x, &back.grad) };
         let weight = multiply(&self.geometry, Product::Weight, large, small)?;
-        Ok([Gradient::Packed(weight), Gradient::Plain(back.sums()?)])
+        let shape = self.weight_dims();
+        Ok([Gradient::Packed(weight, shape), Gradient::Plain(back.sums()?, self.bias.len())])
+    }
+
+    /// Of the parameter, without what fills channels up.
+    fn weight_dims(&self) -> [usize; 4] {
+        let (kh, kw) = self.geometry.kernel;
+        let pairs = (self.weight.len() / (kh * kw).max(1)).max(1);
+        // Of the two numbers of channels, one is that of the biases.
+        let (own, other) = (self.bias.len(), pairs / self.bias.len().max(1));
+        if self.transposed { [other, own, kh, kw] } else { [own, other, kh, kw] }
     }
 }
 
-/// The output, in the format of the products.
+/// The output, as the last step leaves it.
 fn forward(
     steps: &[Step],
-    dtype: DType,
+    shape: Shaped,
     x: &Tensor,
     packed: &Packed,
 ) -> Result<(Tensor, Vec<Kept>)> {
-    let x = x.to_dtype(dtype)?;
+    let x = enter(x, shape.dtype, x.dim(D::Minus1)?.next_multiple_of(shape.group))?;
     let wants = |index: usize| steps.get(index).map_or(Outputs::PLAIN, Step::wants);
     let wanted = wants(0);
     let mut map = Map {
@@ -232,7 +291,7 @@ fn forward(
     Ok((map.plain()?.clone(), tape))
 }
 
-/// The gradients of the input (where asked for) and of all parameters, side by side.
+/// The gradients of the input (where asked for, as the first step takes it) and of all parameters, side by side.
 fn backward(
     steps: &[Step],
     tape: &[Kept],
@@ -277,8 +336,7 @@ fn backward(
     }
     of_params.reverse();
     let of_params = unpack_gradients(&of_params)?;
-    let of_x = if of_input { Some(back.grad.to_dtype(DType::F32)?) } else { None };
-    Ok((of_x, of_params))
+    Ok((of_input.then_some(back.grad), of_params))
 }
 
 impl CustomOp2 for DeviceStack {
@@ -293,11 +351,10 @@ impl CustomOp2 for DeviceStack {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let (storage, layout) = self.output.storage_and_layout();
+        let output = leave(&self.output, self.shape.channels)?;
+        let (storage, layout) = output.storage_and_layout();
         match &*storage {
-            Storage::Cpu(storage) => {
-                Ok((storage.to_dtype(layout, DType::F32)?, layout.shape().clone()))
-            }
+            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
             _ => bail!("a stack's output is on another device"),
         }
     }
@@ -310,17 +367,7 @@ impl CustomOp2 for DeviceStack {
         _: &candle_core::CudaStorage,
         _: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let (storage, layout) = self.output.storage_and_layout();
-        match &*storage {
-            Storage::Cuda(storage) => {
-                let output = match self.dtype {
-                    DType::F32 => storage.try_clone(layout)?,
-                    _ => storage.to_dtype(layout, DType::F32)?,
-                };
-                Ok((output, layout.shape().clone()))
-            }
-            _ => bail!("a stack's output is on another device"),
-        }
+        crate::cuda::layers::left(&self.output, self.shape.channels)
     }
 
     fn bwd(
@@ -335,12 +382,15 @@ impl CustomOp2 for DeviceStack {
             Some(tape) => tape,
             // A second backward pass through the same graph.
             None => {
-                let packed = Packed::new(&self.params, self.dtype)?;
-                forward(&self.steps, self.dtype, &x.detach(), &packed)?.1
+                let packed = Packed::new(&self.steps, &self.params, self.shape.dtype)?;
+                forward(&self.steps, self.shape, &x.detach(), &packed)?.1
             }
         };
-        let grad = grad.detach().contiguous()?.to_dtype(self.dtype)?;
+        let Shaped { dtype, group, channels } = self.shape;
+        let grad = grad.detach().contiguous()?;
+        let grad = enter(&grad, dtype, channels.next_multiple_of(group))?;
         let (of_x, of_params) = backward(&self.steps, &tape, &grad, x.track_op())?;
+        let of_x = of_x.map(|of_x| leave(&of_x, x.dim(D::Minus1)?)).transpose()?;
         if let Some(delivery) = &self.delivery {
             delivery.add(of_params)?;
             return Ok((of_x, None));

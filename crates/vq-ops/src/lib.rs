@@ -44,6 +44,7 @@ mod primitives;
 #[cfg(feature = "process")]
 pub mod process;
 mod recording;
+mod scalars;
 mod shift;
 mod softmax;
 mod stack;
@@ -69,9 +70,12 @@ pub use optimizer::{
 };
 pub use packed_linear::PackedLinear;
 pub use pixels::{LOG_SCALES, Logistic, PixelDistribution, pixel_likelihood};
-pub use pointwise::{channels_first, channels_last, replace_value, squared_error};
+pub use pointwise::{
+    channels_first, channels_last, replace_value, scaled_squared_error, squared_error,
+};
 pub use precision::Precision;
 pub use recording::{Recording, can_record, rehearse};
+pub use scalars::{collect_scalars, weighted_sum};
 pub use shift::shift;
 pub use softmax::{attention_weights, cross_entropy};
 pub use stack::{Layer, Stack};

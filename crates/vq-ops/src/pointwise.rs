@@ -22,8 +22,21 @@ pub fn replace_value(a: &Tensor, b: &Tensor) -> Result<Tensor> {
 
 /// The mean of (a − b)² over all elements of two tensors of the same shape; a scalar.
 pub fn squared_error(a: &Tensor, b: &Tensor) -> Result<Tensor> {
+    scaled_squared_error(a, b, 1.)
+}
+
+/// [`squared_error`] times `factor`.
+pub fn scaled_squared_error(a: &Tensor, b: &Tensor, factor: f64) -> Result<Tensor> {
+    if on_cuda(a.device()) && has_kernels(a) {
+        return a.contiguous()?.apply_op2(&b.contiguous()?, SquaredError { factor });
+    }
+    let error = mean_squared_error(a, b)?;
+    if factor == 1. { Ok(error) } else { error * factor }
+}
+
+fn mean_squared_error(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if has_kernels(a) {
-        a.contiguous()?.apply_op2(&b.contiguous()?, SquaredError)
+        a.contiguous()?.apply_op2(&b.contiguous()?, SquaredError { factor: 1. })
     } else {
         // First over each row: that loses less to rounding.
         a.sub(b)?.sqr()?.mean(D::Minus1)?.mean_all()
@@ -53,7 +66,12 @@ fn has_kernels(x: &Tensor) -> bool {
 }
 
 struct ReplaceValue;
-struct SquaredError;
+
+/// With another factor than 1 on CUDA only.
+struct SquaredError {
+    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
+    factor: f64,
+}
 
 /// The step between channels-last and channels-first, either way.
 struct ChannelsFirst {
@@ -182,7 +200,7 @@ impl CustomOp2 for SquaredError {
         b: &candle_core::CudaStorage,
         b_layout: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let factor = 1. / a_layout.shape().elem_count() as f64;
+        let factor = self.factor / a_layout.shape().elem_count() as f64;
         let sum = crate::cuda::training::squared_error((a, a_layout), (b, b_layout), factor)?;
         Ok((sum, Shape::from(())))
     }
@@ -196,7 +214,7 @@ impl CustomOp2 for SquaredError {
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         #[cfg(feature = "cuda")]
         if a.device().is_cuda() {
-            let factor = 1. / a.elem_count() as f64;
+            let factor = self.factor / a.elem_count() as f64;
             return crate::cuda::training::squared_error_gradients(a, b, grad, factor);
         }
         let scale = 2.0 * f64::from(grad.to_scalar::<f32>()?) / a.elem_count() as f64;

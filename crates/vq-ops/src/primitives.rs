@@ -4,7 +4,7 @@
 //! Their CPU form is the plain one, so that what is built of them is tested without a GPU.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp1, CustomOp2, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor};
 
 use crate::cpu::buffers::Buffers;
 use crate::cpu::conv::{Finish as CpuFinish, Geometry, large_to_small, small_to_large};
@@ -44,34 +44,71 @@ impl Outputs {
 
 /// The gradient of a parameter.
 pub(crate) enum Gradient {
-    /// Of a weight, `[outer, KH, KW, inner]`.
-    Packed(Tensor),
-    /// Of anything else, f32, as it is.
-    Plain(Tensor),
+    /// Of a weight `[outer, inner, KH, KW]`, packed.
+    Packed(Tensor, [usize; 4]),
+    /// Of anything else: that many f32, the first of these.
+    Plain(Tensor, usize),
 }
 
-/// Each `[outer, inner, KH, KW]` f32 to `[outer, KH, KW, inner]` of `dtype`.
-pub(crate) fn pack_weights(weights: &[Tensor], dtype: DType) -> Result<Vec<Tensor>> {
+/// Each `[outer, inner, KH, KW]` f32 to `[outer', KH, KW, inner']` of `dtype`, with zeros where there is
+/// nothing; (outer', inner') are no smaller.
+pub(crate) fn pack_weights(
+    weights: &[(Tensor, (usize, usize))],
+    dtype: DType,
+) -> Result<Vec<Tensor>> {
     #[cfg(feature = "cuda")]
-    if weights.first().is_some_and(|first| on_cuda(first.device())) {
+    if weights.first().is_some_and(|(first, _)| on_cuda(first.device())) {
         return crate::cuda::layers::pack_weights(weights, dtype);
     }
-    weights.iter().map(|weight| weight.contiguous()?.apply_op1_no_bwd(&PackWeight(dtype))).collect()
+    let pack = |(weight, (outer, inner)): &(Tensor, (usize, usize))| {
+        let weight = weight.pad_with_zeros(0, 0, outer - weight.dim(0)?)?;
+        let weight = weight.pad_with_zeros(1, 0, inner - weight.dim(1)?)?;
+        weight.contiguous()?.apply_op1_no_bwd(&PackWeight(dtype))
+    };
+    weights.iter().map(pack).collect()
 }
 
 /// The gradients as those of the parameters, f32, side by side.
 pub(crate) fn unpack_gradients(gradients: &[Gradient]) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
-    if let Some(Gradient::Packed(first) | Gradient::Plain(first)) = gradients.first()
+    if let Some(Gradient::Packed(first, _) | Gradient::Plain(first, _)) = gradients.first()
         && on_cuda(first.device())
     {
         return crate::cuda::layers::unpack_gradients(gradients);
     }
     let flat = gradients.iter().map(|gradient| match gradient {
-        Gradient::Packed(weight) => weight.apply_op1_no_bwd(&UnpackWeight)?.flatten_all(),
-        Gradient::Plain(plain) => plain.flatten_all(),
+        Gradient::Packed(weight, [outer, inner, ..]) => {
+            let weight = weight.apply_op1_no_bwd(&UnpackWeight)?;
+            weight.narrow(0, 0, *outer)?.narrow(1, 0, *inner)?.contiguous()?.flatten_all()
+        }
+        Gradient::Plain(plain, count) => plain.narrow(0, 0, *count),
     });
     Tensor::cat(&flat.collect::<Result<Vec<_>>>()?, 0)
+}
+
+/// `x` `[B, H, W, C]` f32 as a stack takes it: of `dtype`, with zeros up to `channels`.
+pub(crate) fn enter(x: &Tensor, dtype: DType, channels: usize) -> Result<Tensor> {
+    let own = x.dim(D::Minus1)?;
+    if own == channels && dtype == x.dtype() {
+        return Ok(x.clone());
+    }
+    #[cfg(feature = "cuda")]
+    if on_cuda(x.device()) {
+        return crate::cuda::layers::enter(x, dtype, channels);
+    }
+    x.pad_with_zeros(D::Minus1, 0, channels - own)?.to_dtype(dtype)
+}
+
+/// The other way: the first `channels` of `y`, in f32.
+pub(crate) fn leave(y: &Tensor, channels: usize) -> Result<Tensor> {
+    if y.dim(D::Minus1)? == channels && y.dtype() == DType::F32 {
+        return Ok(y.clone());
+    }
+    #[cfg(feature = "cuda")]
+    if on_cuda(y.device()) {
+        return crate::cuda::layers::leave(y, channels);
+    }
+    y.narrow(D::Minus1, 0, channels)?.to_dtype(DType::F32)?.contiguous()
 }
 
 /// One of the products of a convolution.
@@ -84,7 +121,7 @@ pub(crate) fn multiply(
     a.apply_op2_no_bwd(b, &Multiply { geometry: *geometry, product })
 }
 
-/// `y` `[…, C]` + `bias` `[C]` + `residual`, and its ReLU.
+/// `y` `[…, C]` + `bias` (of the first channels) + `residual`, and its ReLU.
 pub(crate) fn finish(
     y: &Tensor,
     bias: Option<&Tensor>,

@@ -1,6 +1,7 @@
 //! What a step says about itself.
 
 use candle_core::Tensor;
+use vq_ops::collect_scalars;
 
 use crate::{Metrics, Result, Usage};
 
@@ -16,7 +17,24 @@ pub struct Figures {
 struct Term {
     name: String,
     value: Tensor,
-    divisor: f64,
+    reading: Reading,
+}
+
+/// What is reported of a value.
+#[derive(Clone, Copy, Debug)]
+enum Reading {
+    Divided(f64),
+    /// The root of the value times this.
+    Root(f64),
+}
+
+impl Reading {
+    fn of(self, value: f32) -> f64 {
+        match self {
+            Self::Divided(divisor) => f64::from(value) / divisor,
+            Self::Root(factor) => (f64::from(value) * factor).sqrt(),
+        }
+    }
 }
 
 impl Figures {
@@ -33,8 +51,18 @@ impl Figures {
 
     /// With one more term, which is reported divided by `divisor`.
     #[must_use]
-    pub fn with_divided(mut self, name: impl Into<String>, value: &Tensor, divisor: f64) -> Self {
-        self.terms.push(Term { name: name.into(), value: value.detach(), divisor });
+    pub fn with_divided(self, name: impl Into<String>, value: &Tensor, divisor: f64) -> Self {
+        self.push(name.into(), value, Reading::Divided(divisor))
+    }
+
+    /// With one more term, of which the root of `factor` times it is reported.
+    #[must_use]
+    pub fn with_root(self, name: impl Into<String>, value: &Tensor, factor: f64) -> Self {
+        self.push(name.into(), value, Reading::Root(factor))
+    }
+
+    fn push(mut self, name: String, value: &Tensor, reading: Reading) -> Self {
+        self.terms.push(Term { name, value: value.detach(), reading });
         self
     }
 
@@ -57,8 +85,14 @@ impl Figures {
 
     /// The terms side by side, not divided yet: `[n]`.
     pub(crate) fn values(&self) -> Result<Tensor> {
-        let flat = self.terms.iter().map(|term| term.value.flatten_all());
-        Ok(Tensor::cat(&flat.collect::<candle_core::Result<Vec<_>>>()?, 0)?)
+        let terms: Vec<Tensor> = self.terms.iter().map(|term| term.value.clone()).collect();
+        Ok(collect_scalars(&terms)?)
+    }
+
+    /// [`values`](Self::values) and then another scalar: `[n + 1]`.
+    pub(crate) fn values_and(&self, more: Tensor) -> Result<Tensor> {
+        let terms = self.terms.iter().map(|term| term.value.clone());
+        Ok(collect_scalars(&terms.chain([more]).collect::<Vec<_>>())?)
     }
 
     /// The codes of each level.
@@ -82,7 +116,7 @@ impl Figures {
     ) -> (Metrics, Vec<Usage>) {
         let mut metrics = Metrics::new();
         for (term, &value) in self.terms.iter().zip(values) {
-            metrics.set(&term.name, f64::from(value) / term.divisor);
+            metrics.set(&term.name, term.reading.of(value));
         }
         let count = |((usage, _), codes): (&(Usage, Tensor), &[u32])| {
             let mut usage = usage.clone();
@@ -104,9 +138,10 @@ mod tests {
         let figures = Figures::new()
             .with("z", &scalar(0.5))
             .with_divided("a", &scalar(3.0), 2.0)
+            .with_root("r", &scalar(8.0), 2.0)
             .with_codes(Usage::new(3), &codes);
         let (metrics, usage) = figures.read()?;
-        assert_eq!(metrics, Metrics::new().with("z", 0.5).with("a", 1.5));
+        assert_eq!(metrics, Metrics::new().with("z", 0.5).with("a", 1.5).with("r", 4.0));
         assert_eq!(usage[0].counts, [1, 0, 3]);
         Ok(())
     }

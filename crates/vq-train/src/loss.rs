@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 use vq_model::{Normalization, Output};
-use vq_ops::squared_error;
+use vq_ops::{scaled_squared_error, weighted_sum};
 
 use crate::{Figures, Result, TrainConfig};
 
@@ -58,8 +58,11 @@ impl Loss {
             Some(nats) => (nats.mean_all()? / images.dim(1)? as f64)?,
             None => self.reconstruction(&output.reconstruction, images)?,
         };
-        let commitment = (&output.commitment_loss * self.beta)?;
-        let mut loss = ((&reconstruction + &output.codebook_loss)? + commitment)?;
+        let mut loss = weighted_sum([
+            (&reconstruction, 1.0),
+            (&output.codebook_loss, 1.0),
+            (&output.commitment_loss, self.beta),
+        ])?;
         if let Some(entropy) = &output.entropy_loss {
             loss = (loss + entropy)?;
         }
@@ -82,7 +85,7 @@ impl Loss {
                 (reconstruction.broadcast_mul(factors)?, images.broadcast_mul(factors)?, 1.0)
             }
         };
-        let squared = (squared_error(&a, &b)? * (factor * factor))?;
+        let squared = scaled_squared_error(&a, &b, factor * factor)?;
         if self.l1 == 0.0 {
             return Ok(squared);
         }

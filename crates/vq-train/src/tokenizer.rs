@@ -130,7 +130,7 @@ impl Repeats<Part, Residue> for Tokenizer {
     }
 
     fn residue_tensors<'a>(&self, residue: &'a mut Residue) -> Vec<&'a mut Tensor> {
-        residue.z_e.iter_mut().chain(&mut residue.codes.levels).collect()
+        residue.z_e.iter_mut().collect()
     }
 
     fn follow(&self, residue: &Residue, step: StepNumber<'_>) -> Result<()> {
@@ -240,7 +240,7 @@ impl Trainable for Tokenizer {
         for (level, commitment) in output.commitment_losses.iter().enumerate() {
             if let Some(name) = self.distance_name(level) {
                 let dim = self.model.quantizer(level)?.dim() as f64;
-                figures = figures.with(name, &(commitment * dim)?.sqrt()?);
+                figures = figures.with_root(name, commitment, dim);
             }
         }
         for (usage, codes) in empty_usage(&self.model).into_iter().zip(&output.codes.levels) {

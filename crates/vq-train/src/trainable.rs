@@ -110,7 +110,7 @@ pub trait Repeats<B, R> {
     /// All tensors of a batch, always in the same order.
     fn batch_tensors<'a>(&self, batch: &'a mut B) -> Vec<&'a mut Tensor>;
 
-    /// All tensors of a residue, always in the same order.
+    /// The tensors of a residue that [`revive`](Self::revive) reads, always in the same order.
     fn residue_tensors<'a>(&self, residue: &'a mut R) -> Vec<&'a mut Tensor>;
 
     /// The part of an update that is the same work in every step and does not wait for the device.

@@ -5,15 +5,16 @@ use std::sync::{PoisonError, RwLock};
 
 use candle_core::cuda::DeviceId;
 use candle_core::cuda::cudarc::driver::{CudaSlice, DeviceRepr, PushKernelArg};
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::{
-    Element, address, address_or_null, grid, launch, per_element, tensor, view, with_element,
+    Element, address, address_or_null, cuda_device, grid, launch, per_element, tensor, view,
+    with_element,
 };
 use crate::primitives::{Gradient, Outputs};
 
 /// Tensors of a launch, as in `layers.cu`.
-const PARTS: usize = 64;
+const PARTS: usize = 48;
 /// Elements that a packed weight's start is a multiple of: cuDNN wants 16 bytes.
 const ALIGNMENT: usize = 64;
 /// Blocks along the rows of a sum, at most: the order of a sum must not depend on the device.
@@ -31,6 +32,8 @@ struct Part {
     outer: u32,
     inner: u32,
     taps: u32,
+    outer_packed: u32,
+    inner_packed: u32,
     is_plain: u32,
 }
 
@@ -43,26 +46,35 @@ struct Table([Part; PARTS]);
 #[allow(unsafe_code)]
 unsafe impl DeviceRepr for Table {}
 
-/// Each `[outer, inner, KH, KW]` f32 to `[outer, KH, KW, inner]` of `dtype`.
-pub(crate) fn pack_weights(weights: &[Tensor], dtype: DType) -> Result<Vec<Tensor>> {
+/// See [`crate::primitives::pack_weights`].
+pub(crate) fn pack_weights(
+    weights: &[(Tensor, (usize, usize))],
+    dtype: DType,
+) -> Result<Vec<Tensor>> {
     match dtype {
         DType::BF16 => pack_as::<half::bf16>(weights),
         _ => pack_as::<f32>(weights),
     }
 }
 
-fn pack_as<T: Element>(weights: &[Tensor]) -> Result<Vec<Tensor>> {
-    let Some(first) = weights.first() else { return Ok(Vec::new()) };
-    let weights: Vec<Tensor> = weights.iter().map(Tensor::contiguous).collect::<Result<_>>()?;
-    let device = super::cuda_device(first)?;
+fn pack_as<T: Element>(weights: &[(Tensor, (usize, usize))]) -> Result<Vec<Tensor>> {
+    let Some((first, _)) = weights.first() else { return Ok(Vec::new()) };
+    let device = cuda_device(first)?;
     let (mut parts, mut shapes, mut total) = (Vec::new(), Vec::new(), 0);
-    for weight in &weights {
+    // Until they are packed.
+    let mut contiguous = Vec::new();
+    for (weight, (outer_packed, inner_packed)) in weights {
         let (outer, inner, kh, kw) = weight.dims4()?;
-        let mut part = Part::new(address::<f32>(weight)?, (outer, inner, kh * kw))?;
+        let weight = weight.contiguous()?;
+        let packed = (*outer_packed, *inner_packed);
+        let mut part = Part::new(address::<f32>(&weight)?, (outer, inner, kh * kw), packed)?;
+        contiguous.push(weight);
         part.to = total as u64;
         parts.push(part);
-        shapes.push((total, outer * inner * kh * kw, (outer, kh, kw, inner)));
-        total += weight.elem_count().next_multiple_of(ALIGNMENT);
+        let shape = (*outer_packed, kh, kw, *inner_packed);
+        let count = outer_packed * inner_packed * kh * kw;
+        shapes.push((total, count, shape));
+        total += count.next_multiple_of(ALIGNMENT);
     }
     // SAFETY: the kernel writes every element that is looked at.
     #[allow(unsafe_code)]
@@ -75,14 +87,20 @@ fn pack_as<T: Element>(weights: &[Tensor]) -> Result<Vec<Tensor>> {
         .collect()
 }
 
-/// All gradients as those of the parameters, f32, side by side.
+/// See [`crate::primitives::unpack_gradients`].
 pub(crate) fn unpack_gradients(gradients: &[Gradient]) -> Result<Tensor> {
     let (mut parts, mut total, mut name) = (Vec::new(), 0, f32::NAME);
     let mut device = None;
     for gradient in gradients {
         let (mut part, of) = match gradient {
-            Gradient::Packed(weight) => {
-                let (outer, kh, kw, inner) = weight.dims4()?;
+            Gradient::Packed(weight, [outer, inner, kh, kw]) => {
+                let (outer_packed, packed_kh, packed_kw, inner_packed) = weight.dims4()?;
+                let is_alike = (*kh, *kw) == (packed_kh, packed_kw)
+                    && *outer <= outer_packed
+                    && *inner <= inner_packed;
+                if !is_alike {
+                    bail!("{:?} is no gradient of [{outer}, {inner}, {kh}, {kw}]", weight.shape());
+                }
                 let from = match weight.dtype() {
                     DType::BF16 => {
                         name = half::bf16::NAME;
@@ -90,16 +108,21 @@ pub(crate) fn unpack_gradients(gradients: &[Gradient]) -> Result<Tensor> {
                     }
                     _ => address::<f32>(weight)?,
                 };
-                (Part::new(from, (outer, inner, kh * kw))?, weight)
+                let shape = (*outer, *inner, kh * kw);
+                (Part::new(from, shape, (outer_packed, inner_packed))?, weight)
             }
-            Gradient::Plain(plain) => {
-                let part = Part::new(address::<f32>(plain)?, (plain.elem_count(), 1, 1))?;
+            Gradient::Plain(plain, count) => {
+                if *count > plain.elem_count() {
+                    bail!("{:?} is no gradient of {count} numbers", plain.shape());
+                }
+                let from = address::<f32>(plain)?;
+                let part = Part::new(from, (*count, 1, 1), (plain.elem_count(), 1))?;
                 (Part { is_plain: 1, ..part }, plain)
             }
         };
         part.to = total as u64;
-        total += of.elem_count();
-        device = Some(super::cuda_device(of)?);
+        total += (part.outer * part.inner * part.taps) as usize;
+        device = Some(cuda_device(of)?);
         parts.push(part);
     }
     let Some(device) = device else { bail!("no gradients") };
@@ -110,12 +133,78 @@ pub(crate) fn unpack_gradients(gradients: &[Gradient]) -> Result<Tensor> {
     Ok(tensor(CudaStorage::wrap_cuda_slice(to, device), total))
 }
 
+/// See [`crate::primitives::enter`].
+pub(crate) fn enter(x: &Tensor, dtype: DType, channels: usize) -> Result<Tensor> {
+    match dtype {
+        DType::BF16 => enter_as::<half::bf16>(x, channels),
+        _ => enter_as::<f32>(x, channels),
+    }
+}
+
+fn enter_as<T: Element>(x: &Tensor, channels: usize) -> Result<Tensor> {
+    let device = cuda_device(x)?;
+    let (from, mut shape) = (address::<f32>(x)?, x.dims().to_vec());
+    let Some(last) = shape.last_mut() else { bail!("no channels") };
+    let own = std::mem::replace(last, channels).max(1);
+    let count = x.elem_count() / own * channels;
+    // SAFETY: the kernel writes every element.
+    #[allow(unsafe_code)]
+    let to = unsafe { device.alloc::<T>(count) }?;
+    let (name, config) = (format!("enter_{}", T::NAME), per_element(count));
+    let (n, own, channels) = (count as u64, own as u32, channels as u32);
+    launch!(&device, &name, config, &from, &to, &n, &own, &channels);
+    Ok(tensor(CudaStorage::wrap_cuda_slice(to, device), shape))
+}
+
+/// See [`crate::primitives::leave`].
+pub(crate) fn leave(y: &Tensor, channels: usize) -> Result<Tensor> {
+    let (storage, shape) = left(y, channels)?;
+    Ok(tensor(storage, shape))
+}
+
+/// What [`leave`] gives, as a storage of its own.
+pub(crate) fn left(y: &Tensor, channels: usize) -> Result<(CudaStorage, Shape)> {
+    match y.dtype() {
+        DType::BF16 => left_as::<half::bf16>(y, channels),
+        _ => left_as::<f32>(y, channels),
+    }
+}
+
+fn left_as<T: Element>(y: &Tensor, channels: usize) -> Result<(CudaStorage, Shape)> {
+    let device = cuda_device(y)?;
+    let (from, mut shape) = (address::<T>(y)?, y.dims().to_vec());
+    let Some(last) = shape.last_mut() else { bail!("no channels") };
+    let packed = std::mem::replace(last, channels).max(1);
+    if channels > packed {
+        bail!("{:?} has no {channels} channels", y.shape());
+    }
+    let count = y.elem_count() / packed * channels;
+    // SAFETY: the kernel writes every element.
+    #[allow(unsafe_code)]
+    let to = unsafe { device.alloc::<f32>(count) }?;
+    let (name, config) = (format!("leave_{}", T::NAME), per_element(count));
+    let (n, channels, packed) = (count as u64, channels as u32, packed as u32);
+    launch!(&device, &name, config, &from, &to, &n, &channels, &packed);
+    Ok((CudaStorage::wrap_cuda_slice(to, device), shape.into()))
+}
+
 impl Part {
-    fn new(from: u64, (outer, inner, taps): (usize, usize, usize)) -> Result<Self> {
+    fn new(
+        from: u64,
+        (outer, inner, taps): (usize, usize, usize),
+        (outer_packed, inner_packed): (usize, usize),
+    ) -> Result<Self> {
         let small = |size: usize| u32::try_from(size).map_err(candle_core::Error::wrap);
-        small(outer * inner * taps)?;
-        let (outer, inner, taps) = (small(outer)?, small(inner)?, small(taps)?);
-        Ok(Self { from, outer, inner, taps, ..Self::default() })
+        small(outer_packed * inner_packed * taps)?;
+        Ok(Self {
+            from,
+            outer: small(outer)?,
+            inner: small(inner)?,
+            taps: small(taps)?,
+            outer_packed: small(outer_packed)?,
+            inner_packed: small(inner_packed)?,
+            ..Self::default()
+        })
     }
 }
 
@@ -130,7 +219,7 @@ fn launch_parts<T: DeviceRepr>(
         let mut longest = 0;
         for (place, part) in table.0.iter_mut().zip(parts) {
             *place = *part;
-            longest = longest.max((part.outer * part.inner * part.taps) as usize);
+            longest = longest.max((part.outer_packed * part.inner_packed * part.taps) as usize);
         }
         let blocks = longest.div_ceil(1024).clamp(1, 64) as u32;
         launch!(device, name, grid(blocks, parts.len() as u32), &table, to);
@@ -164,7 +253,8 @@ fn finish_as<T: Element>(
     let channels = layout.dims().last().copied().unwrap_or(1);
     let count = layout.shape().elem_count();
     let from = view::<T>(y, layout)?;
-    let fits = bias.is_none_or(|bias| bias.elem_count() == channels)
+    let biases = bias.map_or(0, Tensor::elem_count) as u32;
+    let fits = biases as usize <= channels
         && residual.is_none_or(|residual| residual.elem_count() == count);
     if !fits {
         bail!("{:?} with bias {bias:?} and residual {residual:?}", layout.shape());
@@ -196,7 +286,7 @@ fn finish_as<T: Element>(
     } else {
         builder.arg(&null);
     }
-    builder.arg(&length).arg(&channels);
+    builder.arg(&length).arg(&channels).arg(&biases);
     // SAFETY: the arguments are those of `finish_…`, in its order and its types; the lengths were compared
     // above.
     #[allow(unsafe_code)]
@@ -221,7 +311,7 @@ fn sum_columns_as<T: Element>(
     grad: &Tensor,
     gate: Option<(&Tensor, Option<&Tensor>)>,
 ) -> Result<(Option<Tensor>, Tensor)> {
-    let device = super::cuda_device(grad)?;
+    let device = cuda_device(grad)?;
     let (count, columns) = (grad.elem_count(), grad.dims().last().copied().unwrap_or(1).max(1));
     let others = gate.map(|(gate, more)| [Some(gate), more]).unwrap_or_default();
     let tensors = [Some(grad)].into_iter().chain(others).flatten();

@@ -13,6 +13,8 @@ use crate::optimizer::{AdamWSlot, AdamWStep};
 const SLOTS: usize = 32;
 /// Blocks along a tensor, at most.
 const BLOCKS: usize = 256;
+/// Blocks along a tensor whose squares are added up.
+const SUM_BLOCKS: usize = 48;
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -97,7 +99,7 @@ impl CustomOp1 for NormAndScale<'_> {
 
     fn cuda_fwd(&self, any: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
         let device = &any.device;
-        let count = self.tensors.len() * BLOCKS;
+        let count = self.tensors.len() * SUM_BLOCKS;
         // Blocks beyond a tensor's end write their zero, so that every element is written.
         // SAFETY: the kernels write every element.
         #[allow(unsafe_code)]
@@ -107,11 +109,11 @@ impl CustomOp1 for NormAndScale<'_> {
             for (to, tensor) in table.0.iter_mut().zip(tensors) {
                 *to = SumSlot { from: address::<f32>(tensor)?, count: tensor.elem_count() as u64 };
             }
-            let first = index * SLOTS * BLOCKS;
-            let Some(partial) = partial.try_slice(first..first + tensors.len() * BLOCKS) else {
+            let first = index * SLOTS * SUM_BLOCKS;
+            let Some(partial) = partial.try_slice(first..first + tensors.len() * SUM_BLOCKS) else {
                 bail!("too few partial sums");
             };
-            let config = grid(BLOCKS as u32, tensors.len() as u32);
+            let config = grid(SUM_BLOCKS as u32, tensors.len() as u32);
             launch!(device, "squares", config, &table, &partial);
         }
         let (count, limit) = (count as u32, self.limit as f32);
@@ -190,6 +192,53 @@ fn over(longest: usize, tensors: usize) -> candle_core::cuda::cudarc::driver::La
     grid(longest.div_ceil(1024).clamp(1, BLOCKS) as u32, tensors as u32)
 }
 
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Numbers([u64; SLOTS]);
+
+// SAFETY: plain numbers, laid out as `training.cu` declares them.
+#[allow(unsafe_code)]
+unsafe impl DeviceRepr for Numbers {}
+
+/// See [`crate::collect_scalars`].
+pub(crate) fn collect(scalars: &[Tensor]) -> Result<Tensor> {
+    let Some(first) = scalars.first() else { bail!("no scalars") };
+    let device = cuda_device(first)?;
+    // SAFETY: the kernel writes every element.
+    #[allow(unsafe_code)]
+    let mut to = unsafe { device.alloc::<f32>(scalars.len()) }?;
+    for (index, some) in scalars.chunks(SLOTS).enumerate() {
+        let mut table = Numbers([0; SLOTS]);
+        for (place, scalar) in table.0.iter_mut().zip(some) {
+            if scalar.elem_count() != 1 {
+                bail!("{:?} is no scalar", scalar.shape());
+            }
+            *place = address::<f32>(scalar)?;
+        }
+        let first = index * SLOTS;
+        let (n, mut to) = (some.len() as u32, to.slice_mut(first..first + some.len()));
+        launch!(&device, "collect", grid(1, 1), &table, &mut to, &n);
+    }
+    Ok(tensor(CudaStorage::wrap_cuda_slice(to, device), scalars.len()))
+}
+
+/// See [`crate::weighted_sum`].
+pub(crate) fn weighted_sum(
+    numbers: [(&CudaStorage, &Layout); 3],
+    weights: [f64; 3],
+) -> Result<CudaStorage> {
+    let [(x, x_layout), (y, y_layout), (z, z_layout)] = numbers;
+    let device = &x.device;
+    let (x, y) = (view::<f32>(x, x_layout)?, view::<f32>(y, y_layout)?);
+    let z = view::<f32>(z, z_layout)?;
+    // SAFETY: the kernel writes it.
+    #[allow(unsafe_code)]
+    let to = unsafe { device.alloc::<f32>(1) }?;
+    let [wx, wy, wz] = weights.map(|weight| weight as f32);
+    launch!(device, "weighted_sum", grid(1, 1), &x, &y, &z, &to, &wx, &wy, &wz);
+    Ok(CudaStorage::wrap_cuda_slice(to, device.clone()))
+}
+
 /// factor·Σ(a − b)² of contiguous f32 tensors of one shape: a scalar.
 pub(crate) fn squared_error(
     (a, a_layout): (&CudaStorage, &Layout),
@@ -201,7 +250,7 @@ pub(crate) fn squared_error(
     if a.len() != b.len() {
         bail!("{} numbers beside {}", a.len(), b.len());
     }
-    let blocks = a.len().div_ceil(1024).clamp(1, BLOCKS);
+    let blocks = a.len().div_ceil(2048).clamp(1, 4 * BLOCKS);
     // SAFETY: the kernel writes every element.
     #[allow(unsafe_code)]
     let (partial, to) = unsafe { (device.alloc::<f64>(blocks)?, device.alloc::<f32>(1)?) };

@@ -91,30 +91,43 @@ static void conversions() {
 }
 
 template <typename T> static void weights() {
-    // Two weights and, going back, something that is f32 already.
+    // Two weights, the second with room for more channels, and, going back, something that is f32 already.
     const u32 outer[3] = {5, 2, 7}, inner[3] = {3, 70, 1}, taps[3] = {9, 1, 1};
+    const u32 outer_packed[3] = {5, 4, 7}, inner_packed[3] = {3, 72, 1};
     u64 first[3] = {8, 160, 0}, flat[3] = {0, 135, 275};
     std::vector<std::vector<float>> w;
     PartTable table = {}, back_table = {};
-    std::vector<T> packed(400);
+    std::vector<T> packed(600);
     for (int i = 0; i < 3; i++) {
         w.push_back(noise(outer[i] * inner[i] * taps[i]));
-        table.at[i] = {w[i].data(), first[i], outer[i], inner[i], taps[i], 0};
+        table.at[i] = {w[i].data(), first[i], outer[i], inner[i], taps[i], outer_packed[i], inner_packed[i], 0};
         const void* from = i < 2 ? (const void*)(packed.data() + first[i]) : w[2].data();
-        back_table.at[i] = {from, flat[i], outer[i], inner[i], taps[i], i == 2};
+        back_table.at[i] = {from, flat[i], outer[i], inner[i], taps[i], outer_packed[i], inner_packed[i], i == 2};
     }
     std::vector<float> back(282, NAN);
     launch({2, 2, 1}, 32, [&] { pack_weights<T>(table, packed.data()); });
     for (int i = 0; i < 2; i++)
-        for (u32 o = 0; o < outer[i]; o++)
-            for (u32 c = 0; c < inner[i]; c++)
-                for (u32 t = 0; t < taps[i]; t++)
-                    check(packed[first[i] + (o * taps[i] + t) * inner[i] + c] ==
-                              from_float<T>(w[i][(o * inner[i] + c) * taps[i] + t]), "pack_weights");
+        for (u32 o = 0; o < outer_packed[i]; o++)
+            for (u32 c = 0; c < inner_packed[i]; c++)
+                for (u32 t = 0; t < taps[i]; t++) {
+                    bool is_there = o < outer[i] && c < inner[i];
+                    check(packed[first[i] + (o * taps[i] + t) * inner_packed[i] + c] ==
+                              from_float<T>(is_there ? w[i][(o * inner[i] + c) * taps[i] + t] : 0.f), "pack_weights");
+                }
     launch({2, 3, 1}, 32, [&] { unpack_gradients<T>(back_table, back.data()); });
     for (int i = 0; i < 3; i++)
         for (size_t j = 0; j < w[i].size(); j++)
             check(back[flat[i] + j] == (i == 2 ? w[i][j] : to_float(from_float<T>(w[i][j]))), "unpack_gradients");
+    auto x = noise(7 * 3);
+    std::vector<T> entered(7 * 8);
+    std::vector<float> left(7 * 3);
+    launch({1, 1, 1}, 32, [&] { enter<T>(x.data(), entered.data(), 7 * 8, 3, 8); });
+    launch({1, 1, 1}, 32, [&] { leave<T>(entered.data(), left.data(), 7 * 3, 3, 8); });
+    for (u32 r = 0; r < 7; r++)
+        for (u32 c = 0; c < 8; c++) {
+            check(entered[r * 8 + c] == from_float<T>(c < 3 ? x[r * 3 + c] : 0.f), "enter");
+            if (c < 3) check(left[r * 3 + c] == to_float(entered[r * 8 + c]), "leave");
+        }
 }
 
 template <typename T> struct Padded {
@@ -137,10 +150,10 @@ template <typename T, int N> static void finishing(u32 channels) {
         const T* r = which & 2 ? residual.at : nullptr;
         Padded<T> plain{std::vector<T>(n)}, rectified{std::vector<T>(n)};
         T* p = which & 4 ? plain.at : nullptr;
-        launch({3, 1, 1}, 32, [&] { finish<T, N>(y.at, b, r, p, rectified.at, n, channels); });
+        launch({3, 1, 1}, 32, [&] { finish<T, N>(y.at, b, r, p, rectified.at, n, channels, channels - 1); });
         for (u32 i = 0; i < n; i++) {
             float sum = to_float(y.at[i]);
-            if (b) sum += bias[i % channels];
+            if (b && i % channels + 1 < channels) sum += bias[i % channels];
             if (r) sum += to_float(residual.at[i]);
             T expected = from_float<T>(sum);
             if (p) check(same(to_float(plain.at[i]), to_float(expected)), "finish");
@@ -210,6 +223,11 @@ static void errors(u32 n, u32 blocks) {
     }
     launch({1, 1, 1}, 32, [&] { weighted_sum(&a[0], &b[0], &grad, &to, 2, 3, 4); });
     check(near(to, 2 * a[0] + 3 * b[0] + 2, 1e-5), "weighted_sum");
+    NumberTable table = {};
+    table.at[0] = &grad; table.at[1] = &b[0];
+    float both[2];
+    launch({1, 1, 1}, 32, [&] { collect(table, both, 2); });
+    check(both[0] == grad && both[1] == b[0], "collect");
 }
 
 static void codes(u32 count, u32 size, u32 dim, bool ties) {

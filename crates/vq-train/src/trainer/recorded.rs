@@ -167,7 +167,7 @@ impl<T: Trainable> Trainer<T> {
             &scale,
         )?;
         repeats.follow(&residue, StepNumber::OnDevice(numbers.step()))?;
-        let values = Tensor::cat(&[figures.values()?, norm.narrow(0, 0, 1)?], 0)?;
+        let values = figures.values_and(norm.narrow(0, 0, 1)?)?;
         Ok(Results { residue, figures, values, examples: part.examples })
     }
 

@@ -51,36 +51,24 @@ __device__ inline void take(Best& best, float score, u32 code) {
     }
 }
 
-// The nearest code of vector `z` by direct differences in f64, the lowest among ties. All threads of a block.
-__device__ u32 nearest_exactly(const float* z, const float* codebook, u32 codes, u32 dim, double* distances,
-                               u32* places) {
-    double least = (double)INFINITE;
-    u32 place = NONE;
-    for (u32 k = threadIdx.x; k < codes; k += blockDim.x) {
-        double sum = 0.;
-        for (u32 d = 0; d < dim; d++) {
-            double x = (double)z[d] - (double)codebook[(u64)k * dim + d];
-            sum += x * x;
-        }
-        if (sum < least) { least = sum; place = k; }
-    }
-    distances[threadIdx.x] = least;
-    places[threadIdx.x] = place;
-    for (u32 width = blockDim.x / 2; width > 0; width /= 2) {
-        __syncthreads();
-        if (threadIdx.x < width) {
-            u32 other = threadIdx.x + width;
-            if (distances[other] < distances[threadIdx.x] ||
-                (distances[other] == distances[threadIdx.x] && places[other] < places[threadIdx.x])) {
-                distances[threadIdx.x] = distances[other];
-                places[threadIdx.x] = places[other];
+// ‖z − e‖² in f64. By four where both lie so.
+__device__ inline double distance(const float* z, const float* e, u32 dim, bool by_four) {
+    double sums[4] = {};
+    if (by_four) {
+        for (u32 d = 0; d < dim; d += 4) {
+            Group<float, 4> a = *(const Group<float, 4>*)(z + d), b = *(const Group<float, 4>*)(e + d);
+            for (int i = 0; i < 4; i++) {
+                double x = (double)a.at[i] - (double)b.at[i];
+                sums[i] += x * x;
             }
         }
+    } else {
+        for (u32 d = 0; d < dim; d++) {
+            double x = (double)z[d] - (double)e[d];
+            sums[d % 4] += x * x;
+        }
     }
-    __syncthreads();
-    u32 found = places[0];
-    __syncthreads();
-    return found;
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
 // argmin_k ½‖e_k − mean‖² − (z − mean)·(e_k − mean) in f32; where the second-best is closer than rounding
@@ -92,12 +80,13 @@ extern "C" __global__ void nearest(const float* z, const float* codebook, const 
     __shared__ Group<float, 4> pool[ROWS * LANES * 3 / 4];
     __shared__ float row_norms[ROWS];
     __shared__ u32 unclear[ROWS];
+    __shared__ u32 unclear_count;
     __shared__ double distances[256];
     __shared__ u32 places[256];
     __shared__ float radii[256];
     float (*zs)[ROWS + 4] = (float(*)[ROWS + 4])pool;
     float (*es)[CODES + 4] = (float(*)[CODES + 4])((float*)pool + DEPTH * (ROWS + 4));
-    Best (*bests)[LANES] = (Best(*)[LANES])pool;
+    Best (*bests)[ROWS] = (Best(*)[ROWS])pool;
     const u32 thread = threadIdx.x, tx = thread % LANES, ty = thread / LANES;
     const u32 first = blockIdx.x * ROWS;
 
@@ -162,33 +151,58 @@ extern "C" __global__ void nearest(const float* z, const float* codebook, const 
         }
     }
     __syncthreads();
-    for (int i = 0; i < 8; i++) bests[ty * 8 + i][tx] = best[i];
+    for (int i = 0; i < 8; i++) bests[tx][ty * 8 + i] = best[i];
     if (thread < ROWS) row_norms[thread] = row_norm;
+    if (thread == 0) unclear_count = 0;
     for (u32 width = 128; width > 0; width /= 2) {
         __syncthreads();
         if (thread < width && radii[thread + width] > radii[thread]) radii[thread] = radii[thread + width];
     }
     __syncthreads();
     if (thread < ROWS) {
-        Best whole = bests[thread][0];
+        Best whole = bests[0][thread];
         for (u32 x = 1; x < LANES; x++) {
-            Best part = bests[thread][x];
+            Best part = bests[x][thread];
             take(whole, part.score, part.code);
             if (part.second < whole.second) whole.second = part.second;
         }
         // Each score is a sum of `dim` rounded products of at most ‖z‖·‖e‖ in all.
         float radius = sqrtf(2.f * radii[0]);
-        float rounding = 1.1920929e-7f * (dim + 8.f) * radius * (sqrtf(row_norms[thread]) + radius);
+        float rounding = 5.9604645e-8f * (dim + 16.f) * radius * (sqrtf(row_norms[thread]) + radius);
         // False where something is not a number.
         bool is_clear = codes == 1 ? is_finite(whole.score) : whole.second - whole.score > 2.f * rounding;
-        unclear[thread] = !is_clear;
-        if (first + thread < count) found[first + thread] = whole.code;
+        if (first + thread < count) {
+            found[first + thread] = whole.code;
+            if (!is_clear) unclear[atomicAdd(&unclear_count, 1u)] = thread;
+        }
     }
     __syncthreads();
-    for (u32 r = 0; r < ROWS && first + r < count; r++) {
-        if (!unclear[r]) continue;
-        u32 code = nearest_exactly(z + (u64)(first + r) * dim, codebook, codes, dim, distances, places);
-        if (thread == 0) found[first + r] = code;
+    // These again, by direct differences in f64, the lowest code among ties: eight at a time, 32 threads each.
+    const u32 lane = thread % 32, group = thread / 32;
+    const bool by_four = dim % 4 == 0 && (((u64)z | (u64)codebook) & 15) == 0;
+    for (u32 turn = 0; turn < unclear_count; turn += 8) {
+        double least = (double)INFINITE;
+        u32 place = NONE;
+        if (turn + group < unclear_count) {
+            const float* vector = z + (u64)(first + unclear[turn + group]) * dim;
+            for (u32 k = lane; k < codes; k += 32) {
+                double x = distance(vector, codebook + (u64)k * dim, dim, by_four);
+                if (x < least) { least = x; place = k; }
+            }
+        }
+        distances[thread] = least;
+        places[thread] = place;
+        for (u32 width = 16; width > 0; width /= 2) {
+            __syncthreads();
+            u32 other = thread + width;
+            if (lane < width && (distances[other] < distances[thread] ||
+                                 (distances[other] == distances[thread] && places[other] < places[thread]))) {
+                distances[thread] = distances[other];
+                places[thread] = places[other];
+            }
+        }
+        if (lane == 0 && turn + group < unclear_count) found[first + unclear[turn + group]] = places[thread];
+        __syncthreads();
     }
 }
 

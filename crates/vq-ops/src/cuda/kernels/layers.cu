@@ -1,39 +1,56 @@
 // What surrounds a convolution: its weight's layout, bias, ReLU, residual, and their gradients.
 
-#define PARTS 64
+#define PARTS 48
 
 // One tensor of several that are side by side from `to` on. [outer][inner][taps] f32 on one side and
-// [outer][taps][inner] on the other; where `is_plain`, f32 on both.
-struct Part { const void* from; u64 to; u32 outer, inner, taps, is_plain; };
+// [outer_packed][taps][inner_packed] on the other, with zeros where there is nothing on the first; where
+// `is_plain`, f32 on both.
+struct Part { const void* from; u64 to; u32 outer, inner, taps, outer_packed, inner_packed, is_plain; };
 struct PartTable { Part at[PARTS]; };
 
-// Weights [outer][inner][taps] f32 to [outer][taps][inner]; blockIdx.y is the tensor.
+// Weights [outer][inner][taps] f32 to [outer_packed][taps][inner_packed]; blockIdx.y is the tensor.
 template <typename T> __device__ void pack_weights(const PartTable& table, T* to) {
     Part part = table.at[blockIdx.y];
     const float* from = (const float*)part.from;
-    u32 n = part.outer * part.inner * part.taps;
+    u32 n = part.outer_packed * part.inner_packed * part.taps;
     for (u32 i = thread_number(); i < n; i += thread_count()) {
-        u32 c = i % part.inner, tap = i / part.inner % part.taps, o = i / part.inner / part.taps;
-        to[part.to + i] = from_float<T>(from[(o * part.inner + c) * part.taps + tap]);
+        u32 c = i % part.inner_packed, tap = i / part.inner_packed % part.taps, o = i / part.inner_packed / part.taps;
+        bool is_there = c < part.inner && o < part.outer;
+        to[part.to + i] = from_float<T>(is_there ? from[(o * part.inner + c) * part.taps + tap] : 0.f);
     }
 }
 
-// Gradients [outer][taps][inner] to [outer][inner][taps] f32; blockIdx.y is the tensor.
+// Gradients [outer_packed][taps][inner_packed] to [outer][inner][taps] f32; blockIdx.y is the tensor.
 template <typename T> __device__ void unpack_gradients(const PartTable& table, float* to) {
     Part part = table.at[blockIdx.y];
     u32 n = part.outer * part.inner * part.taps;
     for (u32 i = thread_number(); i < n; i += thread_count()) {
         u32 tap = i % part.taps, c = i / part.taps % part.inner, o = i / part.taps / part.inner;
-        u32 at = (o * part.taps + tap) * part.inner + c;
+        u32 at = (o * part.taps + tap) * part.inner_packed + c;
         to[part.to + i] = part.is_plain ? ((const float*)part.from)[at] : to_float(((const T*)part.from)[at]);
     }
 }
 
+// [rows][channels] f32 to [rows][packed], with zeros beyond; n elements of the latter.
+template <typename T> __device__ void enter(const float* from, T* to, u64 n, u32 channels, u32 packed) {
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        u32 c = i % packed;
+        to[i] = from_float<T>(c < channels ? from[i / packed * channels + c] : 0.f);
+    }
+}
+
+// [rows][packed] to [rows][channels] f32; n elements of the latter.
+template <typename T> __device__ void leave(const T* from, float* to, u64 n, u32 channels, u32 packed) {
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        to[i] = to_float(from[i / channels * packed + i % channels]);
+    }
+}
+
 // plain = y + bias + residual and rectified = relu(plain), each where it is not null. n elements in groups of
-// N, the last axis of `channels`, which no group crosses.
+// N, the last axis of `channels`, which no group crosses; the first `biases` of them have a bias.
 template <typename T, int N>
 __device__ void finish(const T* y, const float* bias, const T* residual, T* plain, T* rectified, u64 n,
-                       u32 channels) {
+                       u32 channels, u32 biases) {
     typedef Group<T, N> Elements;
     for (u64 i = N * thread_number(); i < n; i += N * thread_count()) {
         Elements from = *(const Elements*)(y + i), other = from, to, to_rectified;
@@ -41,7 +58,7 @@ __device__ void finish(const T* y, const float* bias, const T* residual, T* plai
         const u32 channel = n >> 32 ? (u32)(i % channels) : (u32)i % channels;
         for (int j = 0; j < N; j++) {
             float value = to_float(from.at[j]);
-            if (bias) value += bias[channel + j];
+            if (bias && channel + j < biases) value += bias[channel + j];
             if (residual) value += to_float(other.at[j]);
             to.at[j] = from_float<T>(value);
             to_rectified.at[j] = from_float<T>(relu(to_float(to.at[j])));
@@ -94,6 +111,7 @@ __device__ void sum_columns(const T* grad, const T* gate, const T* more, T* to, 
     for (u32 c = threadIdx.x % here; c < here; c += 256) {
         float sum = 0.f;
         if (part < parts) {
+            #pragma unroll 16
             for (u32 b = part; b < gridDim.x; b += parts) sum += __ldcg(partial + (u64)b * columns + start + c);
         }
         if (parts == 1) sums[start + c] = sum;
@@ -119,8 +137,8 @@ extern "C" __global__ void swap_axes(const float* from, float* to, u64 n, u32 ro
 
 #define SUMS(T, name, N)                                                                                  \
     extern "C" __global__ void finish_##name(const T* y, const float* bias, const T* residual, T* plain,   \
-                                             T* rectified, u64 n, u32 channels) {                         \
-        finish<T, N>(y, bias, residual, plain, rectified, n, channels);                                    \
+                                             T* rectified, u64 n, u32 channels, u32 biases) {             \
+        finish<T, N>(y, bias, residual, plain, rectified, n, channels, biases);                            \
     }                                                                                                      \
     extern "C" __global__ void sum_columns_##name(const T* grad, const T* gate, const T* more, T* to,      \
                                                   float* partial, float* sums, u32* counters, u64 rows,    \
@@ -131,6 +149,12 @@ extern "C" __global__ void swap_axes(const float* from, float* to, u64 n, u32 ro
     extern "C" __global__ void pack_weights_##name(PartTable table, T* to) { pack_weights<T>(table, to); } \
     extern "C" __global__ void unpack_gradients_##name(PartTable table, float* to) {                       \
         unpack_gradients<T>(table, to);                                                                    \
+    }                                                                                                      \
+    extern "C" __global__ void enter_##name(const float* from, T* to, u64 n, u32 channels, u32 packed) {   \
+        enter<T>(from, to, n, channels, packed);                                                           \
+    }                                                                                                      \
+    extern "C" __global__ void leave_##name(const T* from, float* to, u64 n, u32 channels, u32 packed) {   \
+        leave<T>(from, to, n, channels, packed);                                                           \
     }
 LAYERS(float, f32)
 LAYERS(bf16, bf16)

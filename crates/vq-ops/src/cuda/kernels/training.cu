@@ -135,3 +135,10 @@ extern "C" __global__ void weighted_sum(const float* x, const float* y, const fl
                                         float wy, float wz) {
     if (thread_number() == 0) *to = wx * *x + wy * *y + wz * *z;
 }
+
+struct NumberTable { const float* at[SLOTS]; };
+
+// Numbers that lie here and there, side by side. One block.
+extern "C" __global__ void collect(NumberTable table, float* to, u32 n) {
+    if (threadIdx.x < n) to[threadIdx.x] = *table.at[threadIdx.x];
+}
