@@ -53,6 +53,16 @@ pub struct Batch {
     pub indices: Vec<usize>,
 }
 
+/// Images as they are, not normalised nor mirrored yet: a quarter of the bytes, for programs that do that where
+/// the pixels go.
+#[derive(Clone, Debug)]
+pub struct RawBatch {
+    /// u8 `[B,C,H,W]`, on the [loader's device](Loader::on_device).
+    pub pixels: Tensor,
+    /// Which of these are to be mirrored left to right.
+    pub mirrored: Vec<bool>,
+}
+
 /// What a batch holds, without the pixels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Picks {
@@ -144,12 +154,26 @@ impl Loader {
     ///
     /// Dropping the iterator stops its thread.
     pub fn epoch(&self, epoch: u64, first_batch: usize) -> Batches {
+        self.start(epoch, first_batch, make_batch)
+    }
+
+    /// [`epoch`](Self::epoch) with the images as they are.
+    pub fn raw_epoch(&self, epoch: u64, first_batch: usize) -> Batches<RawBatch> {
+        self.start(epoch, first_batch, make_raw_batch)
+    }
+
+    fn start<T: Send + 'static>(
+        &self,
+        epoch: u64,
+        first_batch: usize,
+        make: Make<T>,
+    ) -> Batches<T> {
         let last = self.batches_per_epoch();
         let remaining = last.saturating_sub(first_batch);
         let stop = Arc::new(AtomicBool::new(false));
-        let plan = None;
+        let (loader, plan) = (self.clone(), None);
         let mut worker =
-            Worker { loader: self.clone(), epoch, next: first_batch, plan, stop: stop.clone() };
+            Worker { loader, epoch, next: first_batch, plan, make, stop: stop.clone() };
         if self.options.prefetch == 0 || remaining == 0 {
             return Batches { remaining, feed: Feed::Inline(Box::new(worker)) };
         }
@@ -217,14 +241,14 @@ impl Plan {
     }
 }
 
-/// The batches of an epoch, in order; made by [`Loader::epoch`].
-pub struct Batches {
+/// The batches of an epoch, in order; made by [`Loader::epoch`] and [`Loader::raw_epoch`].
+pub struct Batches<T = Batch> {
     remaining: usize,
-    feed: Feed,
+    feed: Feed<T>,
 }
 
-impl Iterator for Batches {
-    type Item = Result<Batch, Error>;
+impl<T> Iterator for Batches<T> {
+    type Item = Result<T, Error>;
 
     fn next(&mut self) -> Option<Self::Item> {
         if self.remaining == 0 {
@@ -248,29 +272,29 @@ impl Iterator for Batches {
     }
 }
 
-impl std::iter::FusedIterator for Batches {}
+impl<T> std::iter::FusedIterator for Batches<T> {}
 
-enum Feed {
-    Inline(Box<Worker>),
-    Thread(Prefetch),
+enum Feed<T> {
+    Inline(Box<Worker<T>>),
+    Thread(Prefetch<T>),
     Failed(Error),
     Done,
 }
 
-struct Prefetch {
-    receiver: Option<Receiver<Result<Batch, Error>>>,
+struct Prefetch<T> {
+    receiver: Option<Receiver<Result<T, Error>>>,
     thread: Option<JoinHandle<()>>,
     stop: Arc<AtomicBool>,
 }
 
-impl Prefetch {
-    fn receive(&self) -> Result<Batch, Error> {
+impl<T> Prefetch<T> {
+    fn receive(&self) -> Result<T, Error> {
         let gone = || Error::Worker("it ended early".to_owned());
         self.receiver.as_ref().ok_or_else(gone)?.recv().map_err(|_| gone())?
     }
 }
 
-impl Drop for Prefetch {
+impl<T> Drop for Prefetch<T> {
     fn drop(&mut self) {
         self.stop.store(true, Ordering::Relaxed);
         // A thread that waits to send sees the receiver go; one that reads stops at the next image.
@@ -282,66 +306,116 @@ impl Drop for Prefetch {
     }
 }
 
-struct Worker {
+/// Makes the batch of these images.
+type Make<T> = fn(&Loader, &Plan, Vec<usize>, &AtomicBool) -> Result<T, Error>;
+
+struct Worker<T> {
     loader: Loader,
     epoch: u64,
     next: usize,
     /// Once it is needed.
     plan: Option<Plan>,
+    make: Make<T>,
     stop: Arc<AtomicBool>,
 }
 
-impl Worker {
+impl<T> Worker<T> {
     /// A panic in a dataset becomes an error here, so that nobody waits for it forever.
-    fn next_batch(&mut self) -> Result<Batch, Error> {
+    fn next_batch(&mut self) -> Result<T, Error> {
         match catch_unwind(AssertUnwindSafe(|| self.make_batch())) {
             Ok(batch) => batch,
             Err(panic) => Err(Error::Worker(panic_message(&*panic))),
         }
     }
 
-    fn make_batch(&mut self) -> Result<Batch, Error> {
-        let Loader { dataset, tables, options, device, pool, .. } = &self.loader;
+    fn make_batch(&mut self) -> Result<T, Error> {
+        let Loader { dataset, options, .. } = &self.loader;
         let plan = self.plan.get_or_insert_with(|| Plan::new(dataset.len(), self.epoch, options));
         let indices = plan.indices(self.next, options.batch_size).to_vec();
         self.next += 1;
+        (self.make)(&self.loader, plan, indices, &self.stop)
+    }
+}
 
-        let shape = dataset.shape();
-        let size = shape.pixels();
-        let mut images = vec![0_f32; indices.len() * size];
-        let stop = &self.stop;
-        let read = |scratch: &mut Vec<u8>, (&index, out): (&usize, &mut [f32])| {
+fn make_batch(
+    loader: &Loader,
+    plan: &Plan,
+    indices: Vec<usize>,
+    stop: &AtomicBool,
+) -> Result<Batch, Error> {
+    let Loader { dataset, tables, device, .. } = loader;
+    let shape = dataset.shape();
+    let size = shape.pixels();
+    let mut images = vec![0_f32; indices.len() * size];
+    loader.read_each(&indices, &mut images, stop, |scratch: &mut Vec<u8>, index, out| {
+        scratch.resize(size, 0);
+        dataset.read(index, scratch)?;
+        normalize(scratch, out, shape.width, tables, plan.is_mirrored(index));
+        Ok(())
+    })?;
+    let count = indices.len();
+    let labels: Vec<u32> = indices.iter().map(|&index| dataset.label(index)).collect();
+    let images = loader.to_device(Tensor::from_vec(
+        images,
+        (count, shape.channels, shape.height, shape.width),
+        device,
+    )?)?;
+    Ok(Batch { images, labels: Tensor::from_vec(labels, count, &Device::Cpu)?, indices })
+}
+
+fn make_raw_batch(
+    loader: &Loader,
+    plan: &Plan,
+    indices: Vec<usize>,
+    stop: &AtomicBool,
+) -> Result<RawBatch, Error> {
+    let Loader { dataset, device, .. } = loader;
+    let shape = dataset.shape();
+    let mut pixels = vec![0_u8; indices.len() * shape.pixels()];
+    loader.read_each(&indices, &mut pixels, stop, |(): &mut (), index, out| {
+        dataset.read(index, out)
+    })?;
+    let dims = (indices.len(), shape.channels, shape.height, shape.width);
+    let pixels = loader.to_device(Tensor::from_vec(pixels, dims, device)?)?;
+    let mirrored = indices.iter().map(|&index| plan.is_mirrored(index)).collect();
+    Ok(RawBatch { pixels, mirrored })
+}
+
+impl Loader {
+    /// Reads images into as many equal parts of `out`; on several threads where that pays.
+    fn read_each<O: Send, S: Default + Send>(
+        &self,
+        indices: &[usize],
+        out: &mut [O],
+        stop: &AtomicBool,
+        read: impl Fn(&mut S, usize, &mut [O]) -> Result<(), Error> + Sync,
+    ) -> Result<(), Error> {
+        let size = self.dataset.shape().pixels();
+        let read = |scratch: &mut S, (&index, out): (&usize, &mut [O])| {
             if stop.load(Ordering::Relaxed) {
                 return Err(Error::Worker("it was stopped".to_owned()));
             }
-            dataset.read(index, scratch)?;
-            normalize(scratch, out, shape.width, tables, plan.is_mirrored(index));
-            Ok(())
+            read(scratch, index, out)
         };
-        if let Some(pool) = pool {
-            pool.install(|| {
+        if let Some(pool) = &self.pool {
+            return pool.install(|| {
                 indices
                     .par_iter()
-                    .zip(images.par_chunks_exact_mut(size))
-                    .try_for_each_init(|| vec![0; size], read)
-            })?;
-        } else {
-            let mut scratch = vec![0; size];
-            indices
-                .iter()
-                .zip(images.chunks_exact_mut(size))
-                .try_for_each(|item| read(&mut scratch, item))?;
+                    .zip(out.par_chunks_exact_mut(size))
+                    .try_for_each_init(S::default, read)
+            });
         }
+        let mut scratch = S::default();
+        indices.iter().zip(out.chunks_exact_mut(size)).try_for_each(|item| read(&mut scratch, item))
+    }
 
-        let count = indices.len();
-        let shape = (count, shape.channels, shape.height, shape.width);
-        let labels: Vec<u32> = indices.iter().map(|&index| dataset.label(index)).collect();
-        let images = Tensor::from_vec(images, shape, device)?;
-        if !device.is_cpu() {
+    /// A tensor that has been made for another thread.
+    fn to_device(&self, tensor: Tensor) -> Result<Tensor, Error> {
+        if !self.device.is_cpu() {
             // Each thread has a queue of its own on CUDA: whoever takes the batch must find it there.
-            device.synchronize()?;
+            self.device.synchronize()?;
         }
-        Ok(Batch { images, labels: Tensor::from_vec(labels, count, &Device::Cpu)?, indices })
+        Ok(tensor)
     }
 }
 

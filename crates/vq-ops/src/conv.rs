@@ -249,6 +249,7 @@ impl ConvOp {
             geometry: *geometry,
             transposed: *transposed,
             relu: *relu,
+            kernel: geometry.kernel,
             weight: 0..split,
             bias: split..split + bias.elem_count(),
         });

@@ -11,38 +11,30 @@ use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Storag
 
 use crate::Precision;
 use crate::cpu::conv::Geometry;
+use crate::cpu::pack::Images;
 use crate::fused::{Convolution, Step};
 use crate::gradients::{self, Delivery};
 use crate::primitives::{
-    Gradient, Outputs, Product, column_sums, enter, finish, leave, mask, multiply, pack_weights,
-    unpack_gradients,
+    Aside, Gradient, Outputs, Product, column_sums, enter, finish, fold, leave, mask, multiply,
+    pack_weights, unfold, unpack_gradients,
 };
 
-/// Runs the steps on `x` `[B, H, W, C]` f32, with the parameters, contiguous, in the order of the layers'. Differentiable in all.
+/// Runs the steps on `x` `[B, H, W, C]` f32, with the parameters of all layers in their order. Differentiable in
+/// all of them.
 pub(crate) fn run(
     mut steps: Vec<Step>,
     precision: Precision,
     x: &Tensor,
     params: &[Tensor],
 ) -> Result<Tensor> {
-    let (dtype, group) = match precision {
-        Precision::F32 => (DType::F32, 4),
-        Precision::Bf16 => (DType::BF16, 8),
-    };
     let x = x.contiguous()?;
-    let channels = steps.iter().rev().find_map(Step::out_channels).unwrap_or(x.dim(D::Minus1)?);
-    for convolution in steps.iter_mut().flat_map(Step::convolutions_mut) {
-        let Geometry { large, small, .. } = &mut convolution.geometry;
-        large.channels = large.channels.next_multiple_of(group);
-        small.channels = small.channels.next_multiple_of(group);
-    }
-    let shape = Shaped { dtype, group, channels };
     let detached: Vec<Tensor> = params.iter().map(Tensor::detach).collect();
-    let packed = Packed::new(&steps, &detached, dtype)?;
-    let (output, tape) = forward(&steps, shape, &x.detach(), &packed)?;
+    let ends = Ends::new(&mut steps, precision, x.dim(D::Minus1)?, detached.last())?;
+    let packed = Packed::new(&steps, &detached, ends.dtype)?;
+    let (output, tape) = forward(&steps, &ends, &x.detach(), &packed)?;
     let tracked = params.iter().find(|param| param.track_op());
     if !x.track_op() && tracked.is_none() {
-        return leave(&output, channels);
+        return ends.leave(&output);
     }
     // The graph's second operand: all parameters side by side, or, where their gradients are delivered beside
     // the graph, any of them, for the operation's sake.
@@ -55,14 +47,14 @@ pub(crate) fn run(
         (None, _) => (output.detach(), None),
     };
     let tape = Mutex::new(Some(tape));
-    let op = DeviceStack { steps, shape, params: detached, output, tape, delivery };
+    let op = DeviceStack { steps, ends, params: detached, output, tape, delivery };
     x.apply_op2(&second, op)
 }
 
 /// The operation that the graph knows: its forward pass has run already.
 struct DeviceStack {
     steps: Vec<Step>,
-    shape: Shaped,
+    ends: Ends,
     params: Vec<Tensor>,
     /// As the last step left it.
     output: Tensor,
@@ -72,15 +64,110 @@ struct DeviceStack {
     delivery: Option<Delivery>,
 }
 
-/// What maps are inside of a stack: their number of channels is a multiple of 16 bytes, with zeros beyond those
-/// that count, since cuDNN would otherwise copy them to such maps for every product.
-#[derive(Clone, Copy)]
-struct Shaped {
+/// How maps enter and leave a stack. Inside, their number of channels is a multiple of 16 bytes, with zeros beyond
+/// those that count, since cuDNN would otherwise copy them to such maps for every product. Where a convolution
+/// takes images of fewer channels than that, or gives them, it is a product of matrices: of the images' windows,
+/// which are taken on the way in and put together on the way out.
+struct Ends {
     dtype: DType,
     /// Elements of 16 bytes.
     group: usize,
     /// Of the output.
     channels: usize,
+    /// The first convolution as it was, where its input comes as windows.
+    first: Option<Geometry>,
+    /// The last convolution as it was and its bias, where its output are windows.
+    last: Option<(Geometry, Tensor)>,
+}
+
+impl Ends {
+    /// Changes the steps' geometries to those of maps as they are inside.
+    fn new(
+        steps: &mut [Step],
+        precision: Precision,
+        channels: usize,
+        last_bias: Option<&Tensor>,
+    ) -> Result<Self> {
+        let (dtype, group) = match precision {
+            Precision::F32 => (DType::F32, 4),
+            Precision::Bf16 => (DType::BF16, 8),
+        };
+        let channels = steps.iter().rev().find_map(Step::out_channels).unwrap_or(channels);
+        let as_windows = |geometry: &Geometry| {
+            let Geometry { large, kernel: (kh, kw), dilation, .. } = *geometry;
+            let few = large.channels < group && dilation == 1;
+            few && (kh * kw * large.channels).is_multiple_of(group)
+        };
+        let (mut first, mut last) = (None, None);
+        if let Some(Step::Convolution(convolution)) = steps.first_mut()
+            && !convolution.transposed
+            && !convolution.relu
+            && as_windows(&convolution.geometry)
+        {
+            first = Some(convolution.geometry);
+            convolution.geometry = of_windows(&convolution.geometry);
+        }
+        if let Some(Step::Convolution(convolution)) = steps.last_mut()
+            && convolution.transposed
+            && as_windows(&convolution.geometry)
+        {
+            if let Some(bias) = last_bias {
+                last = Some((convolution.geometry, bias.contiguous()?));
+                convolution.geometry = of_windows(&convolution.geometry);
+            }
+        }
+        for convolution in steps.iter_mut().flat_map(Step::convolutions_mut) {
+            let Geometry { large, small, .. } = &mut convolution.geometry;
+            large.channels = large.channels.next_multiple_of(group);
+            small.channels = small.channels.next_multiple_of(group);
+        }
+        Ok(Self { dtype, group, channels, first, last })
+    }
+
+    /// The input `[B, H, W, C]` f32 as the first step takes it.
+    fn enter(&self, x: &Tensor) -> Result<Tensor> {
+        match &self.first {
+            Some(geometry) => unfold(x, geometry, self.dtype),
+            None => enter(x, self.dtype, x.dim(D::Minus1)?.next_multiple_of(self.group)),
+        }
+    }
+
+    /// What the last step gives, as the output.
+    fn leave(&self, y: &Tensor) -> Result<Tensor> {
+        match &self.last {
+            Some((geometry, bias)) => fold(y, geometry, Some(bias)),
+            None => leave(y, self.channels),
+        }
+    }
+
+    /// The output's gradient as the last step takes it.
+    fn enter_back(&self, grad: &Tensor) -> Result<Back> {
+        match &self.last {
+            Some((geometry, _)) => {
+                let sums = Some(column_sums(grad)?);
+                Ok(Back { grad: unfold(grad, geometry, self.dtype)?, sums })
+            }
+            None => {
+                let channels = self.channels.next_multiple_of(self.group);
+                Ok(Back { grad: enter(grad, self.dtype, channels)?, sums: None })
+            }
+        }
+    }
+
+    /// The gradient that the first step gives, as that of the input of so many channels.
+    fn leave_back(&self, grad: &Tensor, channels: usize) -> Result<Tensor> {
+        match &self.first {
+            Some(geometry) => fold(grad, geometry, None),
+            None => leave(grad, channels),
+        }
+    }
+}
+
+/// The same products for windows that lie one beside the other.
+fn of_windows(geometry: &Geometry) -> Geometry {
+    let Geometry { large, small, kernel: (kh, kw), .. } = *geometry;
+    let large = Images { channels: kh * kw * large.channels, ..small };
+    Geometry { large, kernel: (1, 1), stride: 1, padding: 0, dilation: 1, ..*geometry }
 }
 
 /// The parameters as the products take them: of each convolution in turn.
@@ -91,13 +178,24 @@ struct Packed {
 
 impl Packed {
     fn new(steps: &[Step], params: &[Tensor], dtype: DType) -> Result<Self> {
-        let shapes = steps.iter().flat_map(Step::convolutions).map(|convolution| {
+        let convolutions = || steps.iter().flat_map(Step::convolutions);
+        let weights: Vec<_> = params
+            .iter()
+            .step_by(2)
+            .cloned()
+            .zip(convolutions().map(Convolution::packed_channels))
+            .collect();
+        let packed = pack_weights(&weights, dtype)?;
+        let as_products = packed.iter().zip(convolutions()).map(|(weight, convolution)| {
             let (outer, inner, _) = convolution.geometry.weight_shape();
-            (outer, inner)
+            let (kh, kw) = convolution.geometry.kernel;
+            weight.reshape((outer, kh, kw, inner))
         });
-        let weights: Vec<_> = params.iter().step_by(2).cloned().zip(shapes).collect();
         let biases = params.iter().skip(1).step_by(2).map(Tensor::contiguous);
-        Ok(Self { weights: pack_weights(&weights, dtype)?, biases: biases.collect::<Result<_>>()? })
+        Ok(Self {
+            weights: as_products.collect::<Result<_>>()?,
+            biases: biases.collect::<Result<_>>()?,
+        })
     }
 
     fn of(&self, index: usize) -> Result<(Tensor, &Tensor)> {
@@ -225,16 +323,28 @@ impl Convolution {
     }
 
     /// Of weight and bias.
-    fn gradients(&self, x: &Tensor, back: &Back) -> Result<[Gradient; 2]> {
+    fn gradients(&self, x: &Tensor, back: &Back, aside: &mut Aside) -> Result<[Gradient; 2]> {
         let (large, small) = if self.transposed { (&back.grad, x) } else { (x, &back.grad) };
-        let weight = multiply(&self.geometry, Product::Weight, large, small)?;
+        let weight = aside.weight_gradient(&self.geometry, large, small)?;
+        let (outer, inner) = self.packed_channels();
+        let weight = weight.reshape((outer, self.kernel.0, self.kernel.1, inner))?;
         let shape = self.weight_dims();
         Ok([Gradient::Packed(weight, shape), Gradient::Plain(back.sums()?, self.bias.len())])
     }
 
+    /// Of the packed weight: (outer, inner) with what fills them up. A weight of windows has all of its taps
+    /// side by side, where there is no room for more channels.
+    fn packed_channels(&self) -> (usize, usize) {
+        let (outer, inner, _) = self.geometry.weight_shape();
+        if self.kernel == self.geometry.kernel {
+            return (outer, inner);
+        }
+        (outer, inner / (self.kernel.0 * self.kernel.1).max(1))
+    }
+
     /// Of the parameter, without what fills channels up.
     fn weight_dims(&self) -> [usize; 4] {
-        let (kh, kw) = self.geometry.kernel;
+        let (kh, kw) = self.kernel;
         let pairs = (self.weight.len() / (kh * kw).max(1)).max(1);
         // Of the two numbers of channels, one is that of the biases.
         let (own, other) = (self.bias.len(), pairs / self.bias.len().max(1));
@@ -245,11 +355,11 @@ impl Convolution {
 /// The output, as the last step leaves it.
 fn forward(
     steps: &[Step],
-    shape: Shaped,
+    ends: &Ends,
     x: &Tensor,
     packed: &Packed,
 ) -> Result<(Tensor, Vec<Kept>)> {
-    let x = enter(x, shape.dtype, x.dim(D::Minus1)?.next_multiple_of(shape.group))?;
+    let x = ends.enter(x)?;
     let wants = |index: usize| steps.get(index).map_or(Outputs::PLAIN, Step::wants);
     let wanted = wants(0);
     let mut map = Map {
@@ -268,7 +378,12 @@ fn forward(
                 let (weight, bias) = packed.of(convolutions)?;
                 convolutions += 1;
                 let y = convolution.product(map.of(convolution)?, &weight)?;
-                (Map::finish(&y, Some(bias), None, wanted)?, None, vec![weight])
+                let next = match &ends.last {
+                    // Its bias is added to the pixels.
+                    Some(_) if index + 1 == steps.len() => Map { plain: Some(y), rectified: None },
+                    _ => Map::finish(&y, Some(bias), None, wanted)?,
+                };
+                (next, None, vec![weight])
             }
             Step::Relu(_) => {
                 // Rectifying twice changes nothing.
@@ -295,18 +410,19 @@ fn forward(
 fn backward(
     steps: &[Step],
     tape: &[Kept],
-    grad: &Tensor,
+    mut back: Back,
     of_input: bool,
 ) -> Result<(Option<Tensor>, Tensor)> {
     // Last first until the end.
     let mut of_params: Vec<Gradient> = Vec::new();
-    let mut back = Back { grad: grad.clone(), sums: None };
+    let mut aside = Aside::default();
     for (index, (step, Kept { input, hidden, weights })) in steps.iter().zip(tape).enumerate().rev()
     {
         let is_wanted = index > 0 || of_input;
         match (step, &weights[..], hidden) {
             (Step::Convolution(convolution), [weight], _) => {
-                let [of_weight, of_bias] = convolution.gradients(input.of(convolution)?, &back)?;
+                let [of_weight, of_bias] =
+                    convolution.gradients(input.of(convolution)?, &back, &mut aside)?;
                 of_params.extend([of_bias, of_weight]);
                 if is_wanted {
                     let grad = convolution.gradient_product(&back.grad, weight)?;
@@ -319,12 +435,12 @@ fn backward(
             }
             (Step::Relu(_), ..) => back = Back::masked(&back.grad, input.rectified()?, None)?,
             (Step::Residual { first, second }, [weight1, weight2], Some(hidden)) => {
-                let [of_weight, of_bias] = second.gradients(hidden, &back)?;
+                let [of_weight, of_bias] = second.gradients(hidden, &back, &mut aside)?;
                 of_params.extend([of_bias, of_weight]);
                 let grad = second.gradient_product(&back.grad, weight2)?;
                 let of_hidden = Back::masked(&grad, hidden, None)?;
                 let x = input.rectified()?;
-                let [of_weight, of_bias] = first.gradients(x, &of_hidden)?;
+                let [of_weight, of_bias] = first.gradients(x, &of_hidden, &mut aside)?;
                 of_params.extend([of_bias, of_weight]);
                 if is_wanted {
                     let grad = first.gradient_product(&of_hidden.grad, weight1)?;
@@ -335,6 +451,7 @@ fn backward(
         }
     }
     of_params.reverse();
+    aside.wait()?;
     let of_params = unpack_gradients(&of_params)?;
     Ok((of_input.then_some(back.grad), of_params))
 }
@@ -351,7 +468,7 @@ impl CustomOp2 for DeviceStack {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let output = leave(&self.output, self.shape.channels)?;
+        let output = self.ends.leave(&self.output)?;
         let (storage, layout) = output.storage_and_layout();
         match &*storage {
             Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
@@ -367,7 +484,11 @@ impl CustomOp2 for DeviceStack {
         _: &candle_core::CudaStorage,
         _: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
-        crate::cuda::layers::left(&self.output, self.shape.channels)
+        use crate::cuda::layers::{folded, left};
+        match &self.ends.last {
+            Some((geometry, bias)) => folded(&self.output, geometry, Some(bias)),
+            None => left(&self.output, self.ends.channels),
+        }
     }
 
     fn bwd(
@@ -382,15 +503,14 @@ impl CustomOp2 for DeviceStack {
             Some(tape) => tape,
             // A second backward pass through the same graph.
             None => {
-                let packed = Packed::new(&self.steps, &self.params, self.shape.dtype)?;
-                forward(&self.steps, self.shape, &x.detach(), &packed)?.1
+                let packed = Packed::new(&self.steps, &self.params, self.ends.dtype)?;
+                forward(&self.steps, &self.ends, &x.detach(), &packed)?.1
             }
         };
-        let Shaped { dtype, group, channels } = self.shape;
-        let grad = grad.detach().contiguous()?;
-        let grad = enter(&grad, dtype, channels.next_multiple_of(group))?;
-        let (of_x, of_params) = backward(&self.steps, &tape, &grad, x.track_op())?;
-        let of_x = of_x.map(|of_x| leave(&of_x, x.dim(D::Minus1)?)).transpose()?;
+        let back = self.ends.enter_back(&grad.detach().contiguous()?)?;
+        let (of_x, of_params) = backward(&self.steps, &tape, back, x.track_op())?;
+        let channels = x.dim(D::Minus1)?;
+        let of_x = of_x.map(|of_x| self.ends.leave_back(&of_x, channels)).transpose()?;
         if let Some(delivery) = &self.delivery {
             delivery.add(of_params)?;
             return Ok((of_x, None));

@@ -33,6 +33,8 @@ pub(crate) struct Convolution {
     pub(crate) transposed: bool,
     /// Whether its input goes through ReLU first.
     pub(crate) relu: bool,
+    /// Of the parameter: the geometry may be that of the same product in another form.
+    pub(crate) kernel: (usize, usize),
     /// Where its parameters are among all.
     pub(crate) weight: Range<usize>,
     pub(crate) bias: Range<usize>,
@@ -198,13 +200,15 @@ pub(crate) fn plan(
     for layer in layers {
         let shapes: Vec<Vec<usize>> =
             layer.parameters().into_iter().map(|(_, shape)| shape).collect();
-        let mut convolution = |geometry, transposed, relu, at: usize| -> Result<Convolution> {
-            let (Some(weight), Some(bias)) = (shapes.get(at), shapes.get(at + 1)) else {
-                bail!("a layer without weight and bias");
+        let mut convolution =
+            |geometry: Geometry, transposed, relu, at: usize| -> Result<Convolution> {
+                let (Some(weight), Some(bias)) = (shapes.get(at), shapes.get(at + 1)) else {
+                    bail!("a layer without weight and bias");
+                };
+                let (weight, bias) = (take(weight), take(bias));
+                let kernel = geometry.kernel;
+                Ok(Convolution { geometry, transposed, relu, kernel, weight, bias })
             };
-            let (weight, bias) = (take(weight), take(bias));
-            Ok(Convolution { geometry, transposed, relu, weight, bias })
-        };
         let step = match layer {
             Layer::Conv2d { config, .. } => Step::Convolution(convolution(
                 Conv2d { precision, ..*config }.geometry(&dims, &shapes[0])?,

@@ -111,6 +111,116 @@ pub(crate) fn leave(y: &Tensor, channels: usize) -> Result<Tensor> {
     y.narrow(D::Minus1, 0, channels)?.to_dtype(DType::F32)?.contiguous()
 }
 
+/// Images `[B, H, W, C]` f32 to the windows `[B, h, w, KH·KW·C]` of `dtype` that a convolution of that geometry
+/// multiplies.
+pub(crate) fn unfold(x: &Tensor, geometry: &Geometry, dtype: DType) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if on_cuda(x.device()) {
+        return crate::cuda::layers::unfold(x, geometry, dtype);
+    }
+    let Geometry { small, large, .. } = *geometry;
+    let values = x.flatten_all()?.to_vec1::<f32>()?;
+    let windows: Vec<f32> =
+        window_elements(geometry).map(|at| at.map_or(0., |at| values[at])).collect();
+    let size = geometry.kernel.0 * geometry.kernel.1 * large.channels;
+    let shape = (small.batch, small.height, small.width, size);
+    Tensor::from_vec(windows, shape, x.device())?.to_dtype(dtype)
+}
+
+/// The other way: the sum of what the windows say of each pixel, in f32, and `bias` `[C]`.
+pub(crate) fn fold(y: &Tensor, geometry: &Geometry, bias: Option<&Tensor>) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if on_cuda(y.device()) {
+        return crate::cuda::layers::fold(y, geometry, bias);
+    }
+    let large = geometry.large;
+    let windows = y.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+    let bias = bias.map_or(Ok(vec![0.; large.channels]), Tensor::to_vec1::<f32>)?;
+    let mut to: Vec<f32> = bias.iter().copied().cycle().take(large.len()).collect();
+    for (at, value) in window_elements(geometry).zip(windows) {
+        if let Some(at) = at {
+            to[at] += value;
+        }
+    }
+    let shape = (large.batch, large.height, large.width, large.channels);
+    Tensor::from_vec(to, shape, y.device())
+}
+
+/// Where in the image each element of each window is; none outside.
+fn window_elements(geometry: &Geometry) -> impl Iterator<Item = Option<usize>> {
+    let Geometry { large, small, kernel: (kh, kw), stride, padding, .. } = *geometry;
+    let windows = (0..small.batch)
+        .flat_map(move |b| (0..small.height).map(move |row| (b, row)))
+        .flat_map(move |(b, row)| (0..small.width).map(move |column| (b, row, column)));
+    let taps = move || (0..kh).flat_map(move |ky| (0..kw).map(move |kx| (ky, kx)));
+    windows.flat_map(move |(b, row, column)| {
+        taps().flat_map(move |(ky, kx)| {
+            let place = (row * stride + ky).checked_sub(padding);
+            let place = place.zip((column * stride + kx).checked_sub(padding));
+            let place = place.filter(|&(y, x)| y < large.height && x < large.width);
+            (0..large.channels).map(move |c| {
+                place.map(|(y, x)| ((b * large.height + y) * large.width + x) * large.channels + c)
+            })
+        })
+    })
+}
+
+/// Products that run beside the others: those whose results nobody waits for. On CUDA they have a queue of their own,
+/// since one product of a small batch does not fill the device.
+#[derive(Default)]
+pub(crate) struct Aside {
+    /// What they read and write, until they are done.
+    held: Vec<Tensor>,
+    #[cfg(feature = "cuda")]
+    bytes: usize,
+}
+
+impl Aside {
+    /// More is not held, lest the device's memory be spent on it.
+    #[cfg(feature = "cuda")]
+    const MOST_BYTES: usize = 1 << 30;
+
+    /// [`multiply`] with [`Product::Weight`]. The result is there after [`wait`](Self::wait).
+    pub(crate) fn weight_gradient(
+        &mut self,
+        geometry: &Geometry,
+        large: &Tensor,
+        small: &Tensor,
+    ) -> Result<Tensor> {
+        #[cfg(feature = "cuda")]
+        if on_cuda(large.device()) {
+            let gradient = crate::cuda::convolution::weight_gradient_aside(geometry, large, small)?;
+            for tensor in [large, small, &gradient] {
+                self.bytes += tensor.elem_count() * tensor.dtype().size_in_bytes();
+                self.held.push(tensor.clone());
+            }
+            if self.bytes > Self::MOST_BYTES {
+                self.wait()?;
+            }
+            return Ok(gradient);
+        }
+        multiply(geometry, Product::Weight, large, small)
+    }
+
+    /// Has what comes after wait for all of them.
+    pub(crate) fn wait(&mut self) -> Result<()> {
+        #[cfg(feature = "cuda")]
+        if let Some(first) = self.held.first() {
+            crate::cuda::convolution::wait_for_aside(first)?;
+            self.bytes = 0;
+        }
+        self.held.clear();
+        Ok(())
+    }
+}
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        // Without it, memory could be given to others that is still written to. There is nobody to tell.
+        let _ = self.wait();
+    }
+}
+
 /// One of the products of a convolution.
 pub(crate) fn multiply(
     geometry: &Geometry,

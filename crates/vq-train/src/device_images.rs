@@ -1,7 +1,7 @@
-//! A whole data set's images on the device, and batches made of them there.
+//! Images on the device, and batches made of them there.
 
 use candle_core::{Device, Tensor};
-use vq_data::{Dataset, Loader};
+use vq_data::{Dataset, Loader, RawBatch};
 use vq_ops::MIRRORED;
 
 use crate::Result;
@@ -9,14 +9,15 @@ use crate::Result;
 /// Bytes of pixels that are taken to a device unasked: CIFAR-10 is a seventh of it.
 const MOST_BYTES: usize = 1 << 30;
 
-/// The images of a [`Loader`]'s dataset on a device, as u8, and the loader's batches made of them: the same
-/// to the bit, since the pixels are looked up in the same tables.
+/// Batches of a [`Loader`] made on a device of pixels that come there as u8: the same to the bit, since the pixels
+/// are looked up in the same tables.
 ///
-/// A step then moves four bytes an image to the device, and no thread of the CPU makes batches.
+/// Where the whole data set lies there, a step moves four bytes an image to the device, and no thread of the CPU
+/// makes batches. Else a step's pixels are copied there ahead of it, a quarter of the bytes that f32 would be.
 pub struct DeviceImages {
     loader: Loader,
-    /// u8 `[N,C,H,W]`.
-    pixels: Tensor,
+    /// u8 `[N,C,H,W]`, where all of them are there.
+    pixels: Option<Tensor>,
     /// f32 `[C,256]`: what each pixel value becomes.
     tables: Tensor,
 }
@@ -37,12 +38,16 @@ impl DeviceImages {
             dataset.read(index, out)?;
         }
         let dims = (dataset.len(), shape.channels, shape.height, shape.width);
+        let pixels = Tensor::from_vec(pixels, dims, device)?;
+        Ok(Self { pixels: Some(pixels), ..Self::stream(loader, device)? })
+    }
+
+    /// Takes each batch's images to `device` when it is due.
+    pub fn stream(loader: &Loader, device: &Device) -> Result<Self> {
+        let channels = loader.dataset().shape().channels;
         let tables = loader.normalization().tables().concat();
-        Ok(Self {
-            loader: loader.clone(),
-            pixels: Tensor::from_vec(pixels, dims, device)?,
-            tables: Tensor::from_vec(tables, (shape.channels, 256), device)?,
-        })
+        let tables = Tensor::from_vec(tables, (channels, 256), device)?;
+        Ok(Self { loader: loader.clone().on_device(device), pixels: None, tables })
     }
 
     /// What [`Loader::epoch`] gives: f32 `[B,C,H,W]` of each batch from number `first_batch` on, on the
@@ -51,15 +56,28 @@ impl DeviceImages {
         &self,
         epoch: u64,
         first_batch: usize,
-    ) -> impl Iterator<Item = Result<Tensor>> + Send + use<> {
-        let (pixels, tables) = (self.pixels.clone(), self.tables.clone());
-        self.loader.picks(epoch, first_batch).map(move |picks| {
-            let coded = picks.indices.iter().zip(&picks.mirrored);
-            let coded: Vec<u32> = coded
-                .map(|(&index, &mirrored)| index as u32 | if mirrored { MIRRORED } else { 0 })
-                .collect();
-            let coded = Tensor::new(coded, &Device::Cpu)?;
-            Ok(vq_ops::gather_images(&pixels, &coded, &tables)?)
-        })
+    ) -> Box<dyn Iterator<Item = Result<Tensor>> + Send> {
+        let tables = self.tables.clone();
+        let Some(pixels) = self.pixels.clone() else {
+            let batches = self.loader.raw_epoch(epoch, first_batch);
+            return Box::new(batches.map(move |batch| {
+                let RawBatch { pixels, mirrored } = batch?;
+                gather(&pixels, (0..).zip(mirrored), &tables)
+            }));
+        };
+        Box::new(self.loader.picks(epoch, first_batch).map(move |picks| {
+            gather(&pixels, picks.indices.into_iter().zip(picks.mirrored), &tables)
+        }))
     }
+}
+
+/// The images of these numbers, mirrored or not.
+fn gather(
+    pixels: &Tensor,
+    picks: impl Iterator<Item = (usize, bool)>,
+    tables: &Tensor,
+) -> Result<Tensor> {
+    let coded = picks.map(|(index, mirrored)| index as u32 | if mirrored { MIRRORED } else { 0 });
+    let coded = Tensor::new(coded.collect::<Vec<u32>>(), &Device::Cpu)?;
+    Ok(vq_ops::gather_images(pixels, &coded, tables)?)
 }

@@ -23,7 +23,7 @@ use crate::{
 pub struct Tokenizer {
     model: VqVae,
     loader: Loader,
-    /// The loader's images, where they lie on the device.
+    /// Where batches are made on the device.
     device_images: Option<DeviceImages>,
     test: Arc<dyn Dataset>,
     variance: f64,
@@ -80,8 +80,14 @@ impl Tokenizer {
     /// With the training images on the model's device, all of them, or without; [`new`](Self::new) decides
     /// by the device and their size. Changes nothing in what is learnt.
     pub fn with_device_images(mut self, are_there: bool) -> Result<Self> {
-        let upload = || DeviceImages::upload(&self.loader, self.model.device());
-        self.device_images = are_there.then(upload).transpose()?;
+        let device = self.model.device();
+        self.device_images = if are_there {
+            Some(DeviceImages::upload(&self.loader, device)?)
+        } else if device.is_cpu() {
+            None
+        } else {
+            Some(DeviceImages::stream(&self.loader, device)?)
+        };
         Ok(self)
     }
 

@@ -14,7 +14,7 @@ use vq_train::{Event, Observer, Recipe, Tokenizer, Trainer};
 use super::Options;
 use super::checks::text;
 use super::report::{OURS, Report, Speed};
-use super::training::{Repeated, images};
+use super::training::{Repeated, noise_images};
 
 type Boxed = Box<dyn std::error::Error + Send + Sync>;
 
@@ -75,7 +75,7 @@ fn time(
     // As many as make whole reports; a few images, again and again.
     let reported = batch.max(1) * REPORTED as usize;
     let len = (len / reported).max(1) * reported;
-    let images = images(1024, side)?;
+    let images = noise_images(1024, side)?;
     let data: Arc<dyn Dataset> = Arc::new(Repeated { images, len, are_costly });
     let splits = Splits { train: data.clone(), test: data, notes: Vec::new(), broken: Vec::new() };
     let folder = tempfile::tempdir()?;

@@ -141,6 +141,14 @@ pub(super) fn images(count: usize, side: usize) -> Result<Arc<dyn Dataset>> {
     Ok(Arc::new(InMemory::new("ramps", shape, pixels, vec![0; count], Vec::new())?))
 }
 
+/// Noise, as the comparison's.
+pub(super) fn noise_images(count: usize, side: usize) -> Result<Arc<dyn Dataset>> {
+    let shape = ImageShape { channels: 3, height: side, width: side };
+    let pixels = noise(&[count * shape.pixels()], 6).iter().map(|v| (127.5 + 127.5 * v) as u8);
+    let labels = vec![0; count];
+    Ok(Arc::new(InMemory::new("noise", shape, pixels.collect(), labels, Vec::new())?))
+}
+
 /// Some images as if they were many, so that an epoch, with what comes at its end, is long.
 pub(super) struct Repeated {
     pub(super) images: Arc<dyn Dataset>,

@@ -5,25 +5,35 @@ use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
-use candle_core::cuda::DeviceId;
 use candle_core::cuda::cudarc::cudnn::{
     ConvBackwardData, ConvBackwardFilter, ConvDescriptor, ConvForward, Cudnn, CudnnError,
     FilterDescriptor, TensorDescriptor, sys,
 };
-use candle_core::cuda::cudarc::driver::{CudaSlice, CudaView};
-use candle_core::{CudaDevice, CudaStorage, Error, Layout, Result, bail};
+use candle_core::cuda::cudarc::driver::{CudaSlice, CudaStream, CudaView};
+use candle_core::cuda::{DeviceId, WrapErr};
+use candle_core::{CudaDevice, CudaStorage, Error, Layout, Result, Storage, Tensor, bail};
 
-use super::{Element, view, with_element};
+use super::{Element, cuda_device, tensor, view, with_element};
 use crate::cpu::conv::Geometry;
 use crate::cpu::pack::Images;
 use crate::primitives::Product;
 
 thread_local! {
     // A handle belongs to one thread, as candle keeps its own.
-    static STATES: RefCell<HashMap<DeviceId, State>> = RefCell::new(HashMap::new());
+    static STATES: RefCell<HashMap<(DeviceId, Queue), State>> = RefCell::new(HashMap::new());
+}
+
+/// Where a product runs.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+enum Queue {
+    /// With all else.
+    Main,
+    /// Beside it.
+    Aside,
 }
 
 struct State {
+    stream: Arc<CudaStream>,
     cudnn: Arc<Cudnn>,
     f32: Plans<f32>,
     bf16: Plans<half::bf16>,
@@ -65,7 +75,7 @@ enum Algorithm {
 
 /// Opens cuDNN.
 pub(crate) fn prepare(device: &CudaDevice) -> Result<()> {
-    with_state(device, |_| Ok(()))
+    with_state(device, Queue::Main, |_| Ok(()))
 }
 
 /// One of the products of a convolution; see [`Product`] for the operands. Weights are
@@ -79,9 +89,37 @@ pub(crate) fn multiply(
     let device = &a.device;
     with_element!(a, T, {
         let (a, b) = (view::<T>(a, a_layout)?, view::<T>(b, b_layout)?);
-        let result = run::<T>(device, geometry, product, &a, &b)?;
+        let result = run::<T>(device, Queue::Main, geometry, product, &a, &b)?;
         Ok(CudaStorage::wrap_cuda_slice(result, device.clone()))
     })
+}
+
+/// [`Product::Weight`], in a queue of its own that starts from what the main one has been given so far. All three
+/// tensors must be kept until [`wait_for_aside`].
+pub(crate) fn weight_gradient_aside(
+    geometry: &Geometry,
+    large: &Tensor,
+    small: &Tensor,
+) -> Result<Tensor> {
+    let device = cuda_device(large)?;
+    let (large, large_layout) = large.storage_and_layout();
+    let (small, small_layout) = small.storage_and_layout();
+    let (Storage::Cuda(large), Storage::Cuda(small)) = (&*large, &*small) else {
+        bail!("needs tensors on the CUDA device");
+    };
+    let gradient = with_element!(large, T, {
+        let (a, b) = (view::<T>(large, large_layout)?, view::<T>(small, small_layout)?);
+        let result = run::<T>(&device, Queue::Aside, geometry, Product::Weight, &a, &b)?;
+        CudaStorage::wrap_cuda_slice(result, device)
+    });
+    let (outer, inner, _) = geometry.weight_shape();
+    Ok(tensor(gradient, (outer, geometry.kernel.0, geometry.kernel.1, inner)))
+}
+
+/// Has the main queue wait for the other one.
+pub(crate) fn wait_for_aside(any: &Tensor) -> Result<()> {
+    let device = cuda_device(any)?;
+    with_state(&device, Queue::Aside, |state| device.cuda_stream().join(&state.stream).w())
 }
 
 trait Planned: Element {
@@ -102,6 +140,7 @@ impl Planned for half::bf16 {
 
 fn run<T: Planned>(
     device: &CudaDevice,
+    queue: Queue,
     geometry: &Geometry,
     product: Product,
     a: &CudaView<'_, T>,
@@ -119,14 +158,21 @@ fn run<T: Planned>(
     // SAFETY: cuDNN writes every element, since what was there before counts for nothing (β = 0).
     #[allow(unsafe_code)]
     let mut out = unsafe { device.alloc::<T>(out_len) }?;
-    with_state(device, |state| {
+    with_state(device, queue, |state| {
         let plan = plan::<T>(state, geometry, product)?;
         if plan.workspace > state.workspace.as_ref().map_or(0, CudaSlice::len) {
+            if queue == Queue::Aside {
+                // The memory goes back in the main queue's order.
+                device.cuda_stream().join(&state.stream).w()?;
+            }
             state.workspace = None;
             // SAFETY: cuDNN asks for memory of any content.
             #[allow(unsafe_code)]
             let memory = unsafe { device.alloc::<u8>(plan.workspace) }?;
             state.workspace = Some(memory);
+        }
+        if queue == Queue::Aside {
+            state.stream.join(&device.cuda_stream()).w()?;
         }
         let workspace = if plan.workspace == 0 { None } else { state.workspace.as_mut() };
         let Plan { conv, large, small, weight, .. } = &*plan;
@@ -155,16 +201,25 @@ fn run<T: Planned>(
     Ok(out)
 }
 
-fn with_state<R>(device: &CudaDevice, work: impl FnOnce(&mut State) -> Result<R>) -> Result<R> {
+fn with_state<R>(
+    device: &CudaDevice,
+    queue: Queue,
+    work: impl FnOnce(&mut State) -> Result<R>,
+) -> Result<R> {
     STATES.with_borrow_mut(|states| {
-        let id = device.id();
-        if !states.contains_key(&id) {
-            let cudnn = Cudnn::new(device.cuda_stream())
+        let key = (device.id(), queue);
+        if !states.contains_key(&key) {
+            let main = device.cuda_stream();
+            let stream = match queue {
+                Queue::Main => main,
+                Queue::Aside => main.context().new_stream().w()?,
+            };
+            let cudnn = Cudnn::new(stream.clone())
                 .map_err(|error| Error::Msg(format!("cuDNN does not open: {error}")))?;
             let (f32, bf16) = (HashMap::new(), HashMap::new());
-            states.insert(id, State { cudnn, f32, bf16, workspace: None });
+            states.insert(key, State { stream, cudnn, f32, bf16, workspace: None });
         }
-        match states.get_mut(&id) {
+        match states.get_mut(&key) {
             Some(state) => work(state),
             None => bail!("no cuDNN handle"),
         }

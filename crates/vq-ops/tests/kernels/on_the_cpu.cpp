@@ -26,7 +26,6 @@ static float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4)
 static unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
 // One thread runs at a time.
 static void __threadfence() {}
-template <typename T> static T __ldcg(const T* from) { return *from; }
 template <typename T> static T atomicAdd(T* to, T more) { T old = *to; *to += more; return old; }
 template <typename T> static T atomicMax(T* to, T other) { T old = *to; if (other > old) *to = other; return old; }
 
@@ -192,6 +191,38 @@ template <typename T, int N> static void sums(u32 rows, u32 columns, u32 blocks)
                 sum += value;
             }
             check(near(to[c], sum, 1e-6 * rows), "sum_columns");
+        }
+    }
+}
+
+template <typename T, int N> static void folding(u32 channels, u32 kernel, u32 stride, u32 padding) {
+    const u32 batch = 2, height = 6, width = 8;
+    const u32 rows = (height + 2 * padding - kernel) / stride + 1, columns = (width + 2 * padding - kernel) / stride + 1;
+    Windows w = {height, width, channels, rows, columns, kernel, kernel, stride, padding};
+    auto x = noise(batch * height * width * channels), bias = noise(channels);
+    const u32 size = kernel * kernel * channels, n = batch * rows * columns * size;
+    Padded<T> windows{std::vector<T>(n)};
+    launch({2, 1, 1}, 32, [&] { unfold<T, N>(x.data(), windows.at, n / N, w); });
+    std::vector<double> back(x.size());
+    for (u32 b = 0; b < batch; b++)
+        for (u32 r = 0; r < rows; r++)
+            for (u32 q = 0; q < columns; q++)
+                for (u32 ky = 0; ky < kernel; ky++)
+                    for (u32 kx = 0; kx < kernel; kx++)
+                        for (u32 c = 0; c < channels; c++) {
+                            int y = int(r * stride + ky) - int(padding), z = int(q * stride + kx) - int(padding);
+                            bool inside = y >= 0 && y < int(height) && z >= 0 && z < int(width);
+                            u32 at = ((b * height + (inside ? y : 0)) * width + (inside ? z : 0)) * channels + c;
+                            u32 of = (((b * rows + r) * columns + q) * kernel * kernel + ky * kernel + kx) * channels + c;
+                            check(windows.at[of] == from_float<T>(inside ? x[at] : 0.f), "unfold");
+                            if (inside) back[at] += to_float(windows.at[of]);
+                        }
+    std::vector<float> to(x.size());
+    for (bool has_bias : {false, true}) {
+        const float* b = has_bias ? bias.data() : nullptr;
+        launch({2, 1, 1}, 32, [&] { fold<T>(windows.at, b, to.data(), batch * height * width, w); });
+        for (size_t i = 0; i < to.size(); i++) {
+            check(near(to[i], back[i] + (has_bias ? bias[i % channels] : 0.f), 1e-5), "fold");
         }
     }
 }
@@ -389,6 +420,7 @@ int main() {
     finishing<float, 1>(3); finishing<bf16, 1>(5); finishing<float, 4>(8); finishing<bf16, 8>(16);
     sums<float, 1>(100, 3, 4); sums<bf16, 1>(37, 70, 1); sums<float, 1>(5, 333, 8);
     sums<float, 4>(100, 64, 3); sums<bf16, 8>(300, 128, 5); sums<bf16, 8>(9, 2056, 2);
+    folding<float, 4>(3, 4, 2, 1); folding<bf16, 8>(3, 4, 2, 1); folding<float, 4>(1, 4, 4, 0); folding<float, 4>(4, 3, 1, 1);
     axes();
     errors(1, 1); errors(1000, 3);
     codes(1, 1, 1, false); codes(70, 5, 3, false); codes(130, 100, 20, true); codes(65, 64, 64, true);

@@ -39,6 +39,7 @@ fn batches_are_the_loaders_to_the_bit() {
                 LoaderOptions { batch_size: 8, shuffle, flip, drop_last, seed: 7, prefetch };
             let loader = loader(options);
             let whole = DeviceImages::upload(&loader, &device).unwrap();
+            let streamed = DeviceImages::stream(&loader, &device).unwrap();
             let ahead = loader.clone().on_device(&device);
             // From the start, in the middle, at the last batch, after it.
             for (epoch, first) in [(0, 0), (3, 2), (1, 4), (2, 5), (0, 6), (0, 9)] {
@@ -50,11 +51,13 @@ fn batches_are_the_loaders_to_the_bit() {
                 let picks: Vec<_> = loader.picks(epoch, first).collect();
                 let made: Vec<_> = whole.epoch(epoch, first).map(Result::unwrap).collect();
                 let copied: Vec<_> = ahead.epoch(epoch, first).map(Result::unwrap).collect();
+                let raw: Vec<_> = streamed.epoch(epoch, first).map(Result::unwrap).collect();
                 assert_eq!([picks.len(), made.len(), copied.len()], [expected.len(); 3]);
+                assert_eq!(raw.len(), expected.len());
                 for (at, expected) in expected.iter().enumerate() {
                     assert_eq!(picks[at].indices, expected.indices);
                     mirrored += picks[at].mirrored.iter().filter(|&&is| is).count();
-                    for images in [&made[at], &copied[at].images] {
+                    for images in [&made[at], &copied[at].images, &raw[at]] {
                         assert!(images.device().same_device(&device));
                         assert_eq!(images.dims(), expected.images.dims());
                         assert_eq!(bits(images), bits(&expected.images));

@@ -39,6 +39,7 @@ __device__ inline bool is_last_block(u32* counter, u32 blocks) {
     if (threadIdx.x == 0) {
         place = atomicAdd(counter, 1u);
         if (place == blocks - 1) *counter = 0;
+        __threadfence();
     }
     __syncthreads();
     return place == blocks - 1;

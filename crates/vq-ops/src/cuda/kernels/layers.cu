@@ -46,6 +46,61 @@ template <typename T> __device__ void leave(const T* from, float* to, u64 n, u32
     }
 }
 
+// A convolution of images with few channels, as a product of matrices.
+struct Windows {
+    u32 height, width, channels;   // of the image
+    u32 rows, columns;             // of the windows
+    u32 kernel_height, kernel_width, stride, padding;
+};
+
+// Images [batch][height][width][channels] f32 to their windows [batch][rows][columns][kernel][channels]; n groups
+// of N elements, which no window's end crosses. Zeros outside.
+template <typename T, int N> __device__ void unfold(const float* from, T* to, u64 n, Windows w) {
+    const u32 size = w.kernel_height * w.kernel_width * w.channels, groups = size / N;
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        u64 window = i / groups;
+        const u32 e = (u32)(i % groups) * N;
+        u32 c = e % w.channels, tap = e / w.channels;
+        u32 kx = tap % w.kernel_width, ky = tap / w.kernel_width;
+        const u32 column = window % w.columns, row = window / w.columns % w.rows;
+        const float* image = from + window / w.columns / w.rows * w.height * w.width * w.channels;
+        Group<T, N> values;
+        for (int j = 0; j < N; j++) {
+            // Below 0 it wraps around and is outside all the same.
+            u32 y = row * w.stride + ky - w.padding, x = column * w.stride + kx - w.padding;
+            bool is_inside = y < w.height && x < w.width;
+            values.at[j] = from_float<T>(is_inside ? image[(y * w.width + x) * w.channels + c] : 0.f);
+            if (++c == w.channels) {
+                c = 0;
+                if (++kx == w.kernel_width) { kx = 0; ky++; }
+            }
+        }
+        *(Group<T, N>*)(to + i * N) = values;
+    }
+}
+
+// The other way: the sum of what windows say of each pixel, and the bias where it is given; n pixels.
+template <typename T> __device__ void fold(const T* from, const float* bias, float* to, u64 n, Windows w) {
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        const u32 x = i % w.width, y = i / w.width % w.height;
+        const T* image = from + i / w.width / w.height * w.rows * w.columns * w.kernel_height * w.kernel_width * w.channels;
+        for (u32 c = 0; c < w.channels; c++) {
+            float sum = bias ? bias[c] : 0.f;
+            for (u32 ky = (y + w.padding) % w.stride; ky < w.kernel_height; ky += w.stride) {
+                const u32 row = (y + w.padding - ky) / w.stride;
+                if (y + w.padding < ky || row >= w.rows) continue;
+                for (u32 kx = (x + w.padding) % w.stride; kx < w.kernel_width; kx += w.stride) {
+                    const u32 column = (x + w.padding - kx) / w.stride;
+                    if (x + w.padding < kx || column >= w.columns) continue;
+                    const u32 window = row * w.columns + column, tap = ky * w.kernel_width + kx;
+                    sum += to_float(image[(window * w.kernel_height * w.kernel_width + tap) * w.channels + c]);
+                }
+            }
+            to[i * w.channels + c] = sum;
+        }
+    }
+}
+
 // plain = y + bias + residual and rectified = relu(plain), each where it is not null. n elements in groups of
 // N, the last axis of `channels`, which no group crosses; the first `biases` of them have a bias.
 template <typename T, int N>
@@ -112,7 +167,7 @@ __device__ void sum_columns(const T* grad, const T* gate, const T* more, T* to, 
         float sum = 0.f;
         if (part < parts) {
             #pragma unroll 16
-            for (u32 b = part; b < gridDim.x; b += parts) sum += __ldcg(partial + (u64)b * columns + start + c);
+            for (u32 b = part; b < gridDim.x; b += parts) sum += partial[(u64)b * columns + start + c];
         }
         if (parts == 1) sums[start + c] = sum;
         else shared[threadIdx.x] = sum;
@@ -152,6 +207,13 @@ extern "C" __global__ void swap_axes(const float* from, float* to, u64 n, u32 ro
     }                                                                                                      \
     extern "C" __global__ void enter_##name(const float* from, T* to, u64 n, u32 channels, u32 packed) {   \
         enter<T>(from, to, n, channels, packed);                                                           \
+    }                                                                                                      \
+    extern "C" __global__ void unfold_##name(const float* from, T* to, u64 n, Windows windows) {           \
+        unfold<T, GROUP<T>>(from, to, n, windows);                                                         \
+    }                                                                                                      \
+    extern "C" __global__ void fold_##name(const T* from, const float* bias, float* to, u64 n,             \
+                                           Windows windows) {                                              \
+        fold<T>(from, bias, to, n, windows);                                                               \
     }                                                                                                      \
     extern "C" __global__ void leave_##name(const T* from, float* to, u64 n, u32 channels, u32 packed) {   \
         leave<T>(from, to, n, channels, packed);                                                           \

@@ -110,7 +110,7 @@ extern "C" __global__ void squared_error(const float* a, const float* b, double*
     if (threadIdx.x == 0) partial[blockIdx.x] = sums[0];
     if (!is_last_block(counter, gridDim.x)) return;
     sum = 0.;
-    for (u32 i = threadIdx.x; i < gridDim.x; i += 256) sum += __ldcg(partial + i);
+    for (u32 i = threadIdx.x; i < gridDim.x; i += 256) sum += partial[i];
     sums[threadIdx.x] = sum;
     for (u32 width = 128; width > 0; width /= 2) {
         __syncthreads();
