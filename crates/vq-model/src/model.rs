@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{D, DType, Device, Tensor, Var};
-use vq_ops::{Precision, StepNumber, channels_first, channels_last};
+use vq_ops::{Precision, StepNumber, channels_first, channels_last, repeat_pixels};
 
 use crate::level::Level;
 use crate::likelihood::{judge, means};
@@ -440,7 +440,7 @@ impl VqVae {
     fn stack_maps(&self, index: usize, map: &Tensor, above: Option<&Tensor>) -> Result<Tensor> {
         match (self.config.levels.get(index + 1), above) {
             (Some(level), Some(above)) => {
-                Ok(Tensor::cat(&[map, &repeat(above, level.downsample)?], D::Minus1)?)
+                Ok(Tensor::cat(&[map, &repeat_pixels(above, level.downsample)?], D::Minus1)?)
             }
             _ => Ok(map.clone()),
         }
@@ -475,15 +475,6 @@ impl VqVae {
             ))),
         }
     }
-}
-
-/// Nearest-neighbour upsampling `[B,h,w,C]` to `[B,h·n,w·n,C]`. Not candle's `upsample_nearest2d`, which is
-/// channels-first and whose gradient overwrites what other uses of the input have sent
-/// (candle 0.11.1, `backprop.rs`).
-fn repeat(x: &Tensor, n: usize) -> Result<Tensor> {
-    let (b, h, w, c) = x.dims4()?;
-    let blocks = x.reshape((b, h, 1, w, 1, c))?.broadcast_as((b, h, n, w, n, c))?;
-    Ok(blocks.contiguous()?.reshape((b, h * n, w * n, c))?)
 }
 
 /// False where there is a NaN or an infinity, or where that cannot be found out.

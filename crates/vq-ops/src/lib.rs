@@ -44,6 +44,7 @@ mod primitives;
 #[cfg(feature = "process")]
 pub mod process;
 mod recording;
+mod repeat;
 mod scalars;
 mod shift;
 mod softmax;
@@ -75,6 +76,7 @@ pub use pointwise::{
 };
 pub use precision::Precision;
 pub use recording::{Recording, can_record, rehearse};
+pub use repeat::repeat_pixels;
 pub use scalars::{collect_scalars, weighted_sum};
 pub use shift::shift;
 pub use softmax::{attention_weights, cross_entropy};

@@ -144,7 +144,8 @@ pub(super) fn images(count: usize, side: usize) -> Result<Arc<dyn Dataset>> {
 /// Noise, as the comparison's.
 pub(super) fn noise_images(count: usize, side: usize) -> Result<Arc<dyn Dataset>> {
     let shape = ImageShape { channels: 3, height: side, width: side };
-    let pixels = noise(&[count * shape.pixels()], 6).iter().map(|v| (127.5 + 127.5 * v) as u8);
+    let pixels = noise(&[count * shape.pixels()], 6);
+    let pixels = pixels.into_iter().map(|v| (127.5 + 127.5 * v) as u8);
     let labels = vec![0; count];
     Ok(Arc::new(InMemory::new("noise", shape, pixels.collect(), labels, Vec::new())?))
 }

@@ -6,7 +6,7 @@ use vq_ops::{StepNumber, nearest_codes, squared_error};
 use super::{CodebookReport, CodebookUpdate, Quantized, Quantizer};
 use super::{kmeans, rows, unflatten, update, zero_like};
 use crate::part::Builder;
-use crate::{CodebookRule, QuantizerConfig, Result};
+use crate::{CodebookRule, GradientEstimator, QuantizerConfig, Result};
 
 /// Replaces each vector by the nearest of K code vectors e (van den Oord et al. 2017, eq. 1 and 2).
 #[derive(Debug)]
@@ -102,20 +102,24 @@ impl Quantizer for VectorQuantizer {
     }
 
     fn quantize(&self, z_e: &Tensor) -> Result<Quantized> {
-        let flat = self.flatten(z_e)?;
         let codes = self.nearest(z_e)?;
         let (trained, e) = self.lookup(&codes)?;
+        let (b, h, w, _) = z_e.dims4()?;
+        // Where a vector is one with its neighbours as it came, no step of the graph has to take them apart.
+        let is_plain = !self.config.cosine
+            && self.config.gradient_estimator == GradientEstimator::StraightThrough;
+        let (z, e) =
+            if is_plain { (z_e.clone(), e.reshape(z_e.dims())?) } else { (self.flatten(z_e)?, e) };
         let codebook_loss = match &trained {
-            Some(trained) => squared_error(&flat.detach(), trained)?,
+            Some(trained) => squared_error(&z.detach().reshape(trained.dims())?, trained)?,
             None => zero_like(&e)?,
         };
-        let z_q = self.config.gradient_estimator.apply(&flat, &e)?;
-        let (b, h, w, _) = z_e.dims4()?;
+        let z_q = self.config.gradient_estimator.apply(&z, &e)?;
         Ok(Quantized {
-            z_q: z_q.reshape(z_e.dims())?,
+            z_q: if is_plain { z_q } else { z_q.reshape(z_e.dims())? },
             codes: codes.reshape((b, h, w))?,
             codebook_loss,
-            commitment_loss: squared_error(&flat, &e)?,
+            commitment_loss: squared_error(&z, &e)?,
             entropy_loss: None,
         })
     }

@@ -11,6 +11,8 @@ use crate::codebook_average::{AverageRule, CodebookAverages, StepNumber};
 
 /// Vectors of a block of `nearest`.
 const ROWS: usize = 64;
+/// Vectors of a thread of `add_vectors`.
+const RUN: usize = 8;
 
 /// `z` `[N, D]`, `codebook` `[K, D]` → `[N]` u32; `u32::MAX` for a vector that is not finite.
 pub(crate) struct Nearest;
@@ -98,9 +100,10 @@ impl CustomOp2 for Statistics {
         let (counts, largest) = counts.split_at(size);
         // The sum of `count` numbers below 2^digits must be one of 63 bits.
         let digits = (62 - count.max(1).next_power_of_two().trailing_zeros() as i32).min(40);
-        let (n, all, k, d) = (z.len() as u64, (size * dim) as u64, size as u32, dim as u32);
-        let config = per_element(z.len().div_ceil(4));
-        launch!(device, "largest", config, &z, &largest, &n);
+        let (n, all) = (z.len() as u64, (size * dim) as u64);
+        let (rows, k, d) = (count as u32, size as u32, dim as u32);
+        launch!(device, "largest", per_element(z.len().div_ceil(8)), &z, &largest, &n);
+        let config = per_element(count.div_ceil(RUN) * dim);
         launch!(
             device,
             "add_vectors",
@@ -110,7 +113,7 @@ impl CustomOp2 for Statistics {
             &largest,
             &sums,
             &counts,
-            &n,
+            &rows,
             &k,
             &d,
             &digits

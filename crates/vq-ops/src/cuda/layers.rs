@@ -472,6 +472,31 @@ pub(super) fn counters(device: &CudaDevice) -> Result<u64> {
     Ok(address)
 }
 
+/// f32 `[B, h, w, C]` to `[B, h·n, w·n, C]` by repetition, or back by sums; the sizes are the small ones.
+pub(crate) fn repeat_pixels(
+    x: &CudaStorage,
+    layout: &Layout,
+    [batch, height, width, channels]: [usize; 4],
+    times: usize,
+    back: bool,
+) -> Result<CudaStorage> {
+    let from = view::<f32>(x, layout)?;
+    let small = batch * height * width * channels;
+    let (count, expected) =
+        if back { (small, small * times * times) } else { (small * times * times, small) };
+    if from.len() != expected {
+        bail!("{} elements are not {expected}", from.len());
+    }
+    // SAFETY: the kernels write every element.
+    #[allow(unsafe_code)]
+    let to = unsafe { x.device.alloc::<f32>(count) }?;
+    let name = if back { "add_pixels" } else { "repeat_pixels" };
+    let (n, h, w) = (count as u64, height as u32, width as u32);
+    let (c, times) = (channels as u32, times as u32);
+    launch!(&x.device, name, per_element(count), &from, &to, &n, &h, &w, &c, &times);
+    Ok(CudaStorage::wrap_cuda_slice(to, x.device.clone()))
+}
+
 /// f32 `[B, R, C]` to `[B, C, R]`.
 pub(crate) fn swap_axes(
     x: &CudaStorage,

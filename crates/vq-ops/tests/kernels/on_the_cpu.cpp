@@ -238,6 +238,21 @@ static void axes() {
                 check(to[(b * columns + c) * rows + r] == from[(b * rows + r) * columns + c], "swap_axes");
 }
 
+static void repeats() {
+    const u32 batch = 2, height = 3, width = 2, channels = 5, times = 2;
+    auto x = noise(batch * height * width * channels);
+    std::vector<float> large(x.size() * 4), back(x.size());
+    launch({2, 1, 1}, 32, [&] { repeat_pixels(x.data(), large.data(), large.size(), height, width, channels, times); });
+    launch({2, 1, 1}, 32, [&] { add_pixels(large.data(), back.data(), back.size(), height, width, channels, times); });
+    for (u32 b = 0; b < batch; b++)
+        for (u32 y = 0; y < height * times; y++)
+            for (u32 q = 0; q < width * times; q++)
+                for (u32 c = 0; c < channels; c++)
+                    check(large[((b * height * times + y) * width * times + q) * channels + c] ==
+                              x[((b * height + y / times) * width + q / times) * channels + c], "repeat_pixels");
+    for (size_t i = 0; i < x.size(); i++) check(near(back[i], 4 * x[i], 1e-5), "add_pixels");
+}
+
 static void errors(u32 n, u32 blocks) {
     auto a = noise(n), b = noise(n);
     std::vector<double> partial(blocks);
@@ -300,7 +315,7 @@ static void codes(u32 count, u32 size, u32 dim, bool ties) {
     for (float x : z) if (std::isfinite(x)) expected_most = std::max(expected_most, std::fabs(x));
     check(__uint_as_float(most) == expected_most, "largest");
     launch({3, 1, 1}, 256, [&] {
-        add_vectors(z.data(), found.data(), &most, sums.data(), counted.data(), z.size(), size, dim, digits);
+        add_vectors(z.data(), found.data(), &most, sums.data(), counted.data(), count, size, dim, digits);
     });
     launch({2, 1, 1}, 256, [&] {
         code_statistics(sums.data(), counted.data(), &most, to.data(), sums.size(), size, digits);
@@ -422,6 +437,7 @@ int main() {
     sums<float, 4>(100, 64, 3); sums<bf16, 8>(300, 128, 5); sums<bf16, 8>(9, 2056, 2);
     folding<float, 4>(3, 4, 2, 1); folding<bf16, 8>(3, 4, 2, 1); folding<float, 4>(1, 4, 4, 0); folding<float, 4>(4, 3, 1, 1);
     axes();
+    repeats();
     errors(1, 1); errors(1000, 3);
     codes(1, 1, 1, false); codes(70, 5, 3, false); codes(130, 100, 20, true); codes(65, 64, 64, true);
     codes(5, 2, 300, true); codes(2100, 7, 4, false);

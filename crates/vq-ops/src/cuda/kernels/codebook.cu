@@ -99,17 +99,22 @@ extern "C" __global__ void nearest(const float* z, const float* codebook, const 
     for (int i = 0; i < 8; i++) { best[i].score = best[i].second = INFINITE; best[i].code = NONE; }
     // Each thread brings one component of every 16th vector and code; the next ones while these are used.
     const u32 d_own = thread % DEPTH, r_own = thread / DEPTH;
-    float z_next[ROWS / 16], e_next[CODES / 16];
+    float z_next[ROWS / 16], e_next[CODES / 16], shift;
+    bool is_component;
+    // Loads without conditions, so that none waits for another; nothing is done with them until they are due.
     auto fetch = [&](u32 start, u32 deep) {
-        const u32 d = deep + d_own;
-        const float shift = d < dim ? mean[d] : 0.f;
+        is_component = deep + d_own < dim;
+        const u32 d = is_component ? deep + d_own : 0;
+        shift = mean[d];
+        #pragma unroll
         for (u32 i = 0; i < ROWS / 16; i++) {
             u32 r = first + r_own + 16 * i;
-            z_next[i] = d < dim && r < count ? z[(u64)r * dim + d] - shift : 0.f;
+            z_next[i] = z[(u64)(r < count ? r : count - 1) * dim + d];
         }
+        #pragma unroll
         for (u32 i = 0; i < CODES / 16; i++) {
             u32 k = start + r_own + 16 * i;
-            e_next[i] = d < dim && k < codes ? codebook[(u64)k * dim + d] - shift : 0.f;
+            e_next[i] = codebook[(u64)(k < codes ? k : codes - 1) * dim + d];
         }
     };
     fetch(0, 0);
@@ -117,8 +122,8 @@ extern "C" __global__ void nearest(const float* z, const float* codebook, const 
         float products[8][4] = {};
         for (u32 deep = 0; deep < dim; deep += DEPTH) {
             __syncthreads();
-            for (u32 i = 0; i < ROWS / 16; i++) zs[d_own][r_own + 16 * i] = z_next[i];
-            for (u32 i = 0; i < CODES / 16; i++) es[d_own][r_own + 16 * i] = e_next[i];
+            for (u32 i = 0; i < ROWS / 16; i++) zs[d_own][r_own + 16 * i] = is_component ? z_next[i] - shift : 0.f;
+            for (u32 i = 0; i < CODES / 16; i++) es[d_own][r_own + 16 * i] = is_component ? e_next[i] - shift : 0.f;
             __syncthreads();
             if (deep + DEPTH < dim) fetch(start, deep + DEPTH);
             else if (start + CODES < codes) fetch(start + CODES, 0);
@@ -225,16 +230,43 @@ extern "C" __global__ void largest(const float* z, u32* bits, u64 n) {
 // 2ᵏ, such that numbers up to the largest times it are below 2^digits.
 __device__ inline double unit(u32 largest, int digits) { return ldexp(1., digits - ((int)(largest >> 23) - 126)); }
 
+#define RUN 8  // vectors that a thread takes one after the other
+
 // Adds the vectors of each code, as integers: so that the sums are the same in whatever order they are added.
-// Codes that are out of range count for nothing. All is 0 before.
+// Neighbours of one code are added up first. Codes that are out of range count for nothing. All is 0 before.
 extern "C" __global__ void add_vectors(const float* z, const u32* assigned, const u32* largest, u64* sums,
-                                       u32* counts, u64 n, u32 codes, u32 dim, int digits) {
+                                       u32* counts, u32 count, u32 codes, u32 dim, int digits) {
     const double scale = unit(*largest, digits);
+    const u64 n = (u64)(count + RUN - 1) / RUN * dim;
     for (u64 i = thread_number(); i < n; i += thread_count()) {
-        u32 d = i % dim, code = assigned[i / dim];
-        if (code >= codes) continue;
-        atomicAdd(sums + (u64)code * dim + d, (u64)(long long)rint((double)z[i] * scale));
-        if (d == 0) atomicAdd(counts + code, 1u);
+        const u32 d = i % dim, first = i / dim * RUN;
+        u32 code[RUN];
+        float value[RUN];
+        #pragma unroll
+        for (u32 j = 0; j < RUN; j++) {
+            const u32 row = first + j < count ? first + j : count - 1;
+            code[j] = assigned[row];
+            value[j] = z[(u64)row * dim + d];
+        }
+        long long sum = 0;
+        u32 own = NONE, run = 0;
+        #pragma unroll
+        for (u32 j = 0; j <= RUN; j++) {
+            const u32 next = j < RUN && first + j < count ? code[j < RUN ? j : 0] : NONE;
+            if (next != own) {
+                if (own < codes) {
+                    atomicAdd(sums + (u64)own * dim + d, (u64)sum);
+                    if (d == 0) atomicAdd(counts + own, run);
+                }
+                own = next;
+                sum = 0;
+                run = 0;
+            }
+            if (j < RUN && next < codes) {
+                sum += (long long)rint((double)value[j] * scale);
+                run++;
+            }
+        }
     }
 }
 

@@ -33,6 +33,15 @@ template <typename T> __device__ void unpack_gradients(const PartTable& table, f
 
 // [rows][channels] f32 to [rows][packed], with zeros beyond; n elements of the latter.
 template <typename T> __device__ void enter(const float* from, T* to, u64 n, u32 channels, u32 packed) {
+    if (channels == packed && n % 4 == 0) {
+        for (u64 i = 4 * thread_number(); i < n; i += 4 * thread_count()) {
+            Group<float, 4> values = *(const Group<float, 4>*)(from + i);
+            Group<T, 4> rounded;
+            for (int j = 0; j < 4; j++) rounded.at[j] = from_float<T>(values.at[j]);
+            *(Group<T, 4>*)(to + i) = rounded;
+        }
+        return;
+    }
     for (u64 i = thread_number(); i < n; i += thread_count()) {
         u32 c = i % packed;
         to[i] = from_float<T>(c < channels ? from[i / packed * channels + c] : 0.f);
@@ -41,6 +50,15 @@ template <typename T> __device__ void enter(const float* from, T* to, u64 n, u32
 
 // [rows][packed] to [rows][channels] f32; n elements of the latter.
 template <typename T> __device__ void leave(const T* from, float* to, u64 n, u32 channels, u32 packed) {
+    if (channels == packed && n % 4 == 0) {
+        for (u64 i = 4 * thread_number(); i < n; i += 4 * thread_count()) {
+            Group<T, 4> values = *(const Group<T, 4>*)(from + i);
+            Group<float, 4> exact;
+            for (int j = 0; j < 4; j++) exact.at[j] = to_float(values.at[j]);
+            *(Group<float, 4>*)(to + i) = exact;
+        }
+        return;
+    }
     for (u64 i = thread_number(); i < n; i += thread_count()) {
         to[i] = to_float(from[i / channels * packed + i % channels]);
     }
@@ -66,10 +84,11 @@ template <typename T, int N> __device__ void unfold(const float* from, T* to, u6
         const float* image = from + window / w.columns / w.rows * w.height * w.width * w.channels;
         Group<T, N> values;
         for (int j = 0; j < N; j++) {
-            // Below 0 it wraps around and is outside all the same.
+            // Below 0 it wraps around and is outside all the same. The load does not depend on it.
             u32 y = row * w.stride + ky - w.padding, x = column * w.stride + kx - w.padding;
             bool is_inside = y < w.height && x < w.width;
-            values.at[j] = from_float<T>(is_inside ? image[(y * w.width + x) * w.channels + c] : 0.f);
+            float value = image[is_inside ? (y * w.width + x) * w.channels + c : 0];
+            values.at[j] = from_float<T>(is_inside ? value : 0.f);
             if (++c == w.channels) {
                 c = 0;
                 if (++kx == w.kernel_width) { kx = 0; ky++; }
@@ -165,9 +184,17 @@ __device__ void sum_columns(const T* grad, const T* gate, const T* more, T* to, 
     const u32 parts = here < 256 ? 256 / here : 1, part = threadIdx.x / here;
     for (u32 c = threadIdx.x % here; c < here; c += 256) {
         float sum = 0.f;
-        if (part < parts) {
-            #pragma unroll 16
-            for (u32 b = part; b < gridDim.x; b += parts) sum += partial[(u64)b * columns + start + c];
+        // Sixteen at once, or each would wait for the one before.
+        for (u32 b = part; part < parts && b < gridDim.x; b += 16 * parts) {
+            float values[16];
+            #pragma unroll
+            for (u32 i = 0; i < 16; i++) {
+                u32 at = b + i * parts;
+                float value = partial[(u64)(at < gridDim.x ? at : b) * columns + start + c];
+                values[i] = at < gridDim.x ? value : 0.f;
+            }
+            #pragma unroll
+            for (u32 i = 0; i < 16; i++) sum += values[i];
         }
         if (parts == 1) sums[start + c] = sum;
         else shared[threadIdx.x] = sum;
@@ -178,6 +205,32 @@ __device__ void sum_columns(const T* grad, const T* gate, const T* more, T* to, 
         float sum = 0.f;
         for (u32 p = 0; p < parts; p++) sum += shared[p * here + threadIdx.x];
         sums[start + threadIdx.x] = sum;
+    }
+}
+
+// Each pixel of [batch][height][width][channels] as times × times of them; n elements of the result.
+extern "C" __global__ void repeat_pixels(const float* from, float* to, u64 n, u32 height, u32 width, u32 channels,
+                                         u32 times) {
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        const u32 c = i % channels, x = i / channels % (width * times);
+        const u64 row = i / channels / (width * times);
+        const u64 image = row / (height * times);
+        const u32 y = row % (height * times);
+        to[i] = from[((image * height + y / times) * width + x / times) * channels + c];
+    }
+}
+
+// The other way: sums; n elements of the result.
+extern "C" __global__ void add_pixels(const float* from, float* to, u64 n, u32 height, u32 width, u32 channels,
+                                      u32 times) {
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        const u32 c = i % channels, x = i / channels % width;
+        const u64 row = i / channels / width;
+        float sum = 0.f;
+        for (u32 dy = 0; dy < times; dy++)
+            for (u32 dx = 0; dx < times; dx++)
+                sum += from[((row * times + dy) * width * times + x * times + dx) * channels + c];
+        to[i] = sum;
     }
 }
 
