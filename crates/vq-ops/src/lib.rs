@@ -64,7 +64,7 @@ pub use heads::{merge_heads, split_heads};
 pub use image_batch::{MIRRORED, gather_images};
 pub use linear::linear;
 pub use matmul::matmul_transposed;
-pub use nearest::{code_statistics, nearest_codes};
+pub use nearest::{code_statistics, count_codes, nearest_codes};
 pub use norm::rms_norm;
 pub use optimizer::{
     AdamWSlot, AdamWStep, adamw_step, adamw_steps, adamw_steps_by, norm_and_scale, sum_of_squares,

@@ -81,3 +81,36 @@ pub fn code_statistics(
         Tensor::from_vec(sums, (codebook_size, dim), &Device::Cpu)?,
     ))
 }
+
+/// How often each code was chosen: `codes` u32, of G = `codebooks` codebooks in turn → `[G · K]` u32. Codes that
+/// are not below `codebook_size` count for nothing. On CUDA, nothing waits for the device.
+pub fn count_codes(codes: &Tensor, codebooks: usize, codebook_size: usize) -> Result<Tensor> {
+    let codes = codes.flatten_all()?.contiguous()?;
+    if codes.dtype() != DType::U32 || codebooks == 0 {
+        bail!("count_codes needs u32 codes of one codebook or more, got {:?}", codes.dtype());
+    }
+    #[cfg(feature = "cuda")]
+    if on_cuda(codes.device()) {
+        return codes.apply_op1_no_bwd(&crate::cuda::codebook::Count { codebooks, codebook_size });
+    }
+    let mut counts = vec![0u32; codebooks * codebook_size];
+    for (index, code) in codes.to_vec1::<u32>()?.into_iter().enumerate() {
+        if (code as usize) < codebook_size {
+            counts[index % codebooks * codebook_size + code as usize] += 1;
+        }
+    }
+    Tensor::from_vec(counts, codebooks * codebook_size, codes.device())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn codes_of_several_codebooks_are_counted_apart() -> Result<()> {
+        let codes = Tensor::new(&[[0u32, 2], [1, 2], [1, 3]], &crate::test_device())?;
+        assert_eq!(count_codes(&codes, 2, 3)?.to_vec1::<u32>()?, [1, 2, 0, 0, 0, 2]);
+        assert_eq!(count_codes(&codes, 1, 4)?.to_vec1::<u32>()?, [1, 2, 2, 1]);
+        Ok(())
+    }
+}

@@ -10,8 +10,20 @@ use crate::{Metrics, Result, Usage};
 #[derive(Clone, Debug, Default)]
 pub struct Figures {
     terms: Vec<Term>,
-    codes: Vec<(Usage, Tensor)>,
+    codes: Vec<Used>,
 }
+
+/// The codes of a level.
+#[derive(Clone, Debug)]
+struct Used {
+    usage: Usage,
+    codes: Tensor,
+    /// Whether `codes` are a histogram already.
+    are_counted: bool,
+}
+
+/// Bins of a histogram that is made on the device: more would be more to read than the codes.
+const MOST_BINS: usize = 1 << 14;
 
 #[derive(Clone, Debug)]
 struct Term {
@@ -69,7 +81,7 @@ impl Figures {
     /// With the codes (u32, any shape) of one more level, to be counted into `usage`.
     #[must_use]
     pub fn with_codes(mut self, usage: Usage, codes: &Tensor) -> Self {
-        self.codes.push((usage, codes.clone()));
+        self.codes.push(Used { usage, codes: codes.clone(), are_counted: false });
         self
     }
 
@@ -95,14 +107,26 @@ impl Figures {
         Ok(collect_scalars(&terms.chain([more]).collect::<Vec<_>>())?)
     }
 
-    /// The codes of each level.
+    /// The codes of each level, or their histogram.
     pub(crate) fn codes(&self) -> impl Iterator<Item = &Tensor> {
-        self.codes.iter().map(|(_, codes)| codes)
+        self.codes.iter().map(|used| &used.codes)
+    }
+
+    /// Counts the codes where they are, where that makes less to read of them.
+    pub(crate) fn count_codes(&mut self) -> Result<()> {
+        for Used { usage, codes, are_counted } in &mut self.codes {
+            let (codebooks, bins) = (usage.codebooks.max(1), usage.counts.len());
+            if !*are_counted && bins <= MOST_BINS {
+                *codes = vq_ops::count_codes(codes, codebooks, bins / codebooks)?;
+                *are_counted = true;
+            }
+        }
+        Ok(())
     }
 
     /// Copies the codes to a storage of their own.
     pub(crate) fn own_codes(&mut self) -> Result<()> {
-        for (_, codes) in &mut self.codes {
+        for Used { codes, .. } in &mut self.codes {
             *codes = codes.contiguous()?.copy()?;
         }
         Ok(())
@@ -118,9 +142,13 @@ impl Figures {
         for (term, &value) in self.terms.iter().zip(values) {
             metrics.set(&term.name, term.reading.of(value));
         }
-        let count = |((usage, _), codes): (&(Usage, Tensor), &[u32])| {
-            let mut usage = usage.clone();
-            usage.count(codes);
+        let count = |(used, codes): (&Used, &[u32])| {
+            let mut usage = used.usage.clone();
+            if used.are_counted {
+                usage.counts.iter_mut().zip(codes).for_each(|(n, &more)| *n += u64::from(more));
+            } else {
+                usage.count(codes);
+            }
             usage
         };
         (metrics, self.codes.iter().zip(codes).map(count).collect())
@@ -140,6 +168,9 @@ mod tests {
             .with_divided("a", &scalar(3.0), 2.0)
             .with_root("r", &scalar(8.0), 2.0)
             .with_codes(Usage::new(3), &codes);
+        let mut counted = figures.clone();
+        counted.count_codes()?;
+        assert_eq!(counted.read()?.1, figures.read()?.1);
         let (metrics, usage) = figures.read()?;
         assert_eq!(metrics, Metrics::new().with("z", 0.5).with("a", 1.5).with("r", 4.0));
         assert_eq!(usage[0].counts, [1, 0, 3]);

@@ -58,7 +58,7 @@ fn time(
         _ => return Err(format!("the models are standard and imagenet256, not {model}").into()),
     };
     for change in [
-        "train.kmeans.rounds=0",
+        "train.kmeans.rounds=2",
         "train.eval_every=1000000",
         "train.epochs=1000000",
         "train.samples=0",

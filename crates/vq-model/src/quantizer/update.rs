@@ -126,6 +126,16 @@ fn looks_for_dead_codes(z: &Tensor, step: u64) -> bool {
     z.device().is_cpu() || step.is_multiple_of(10)
 }
 
+/// The vectors to choose `count` from: on the CPU all of them, elsewhere some, since they have to come from there.
+fn sample(z: &Tensor, count: usize, stream: &mut Stream) -> Result<Tensor> {
+    let (all, some) = (z.dim(0)?, 2 * count + 256);
+    if z.device().is_cpu() || all <= some {
+        return Ok(z.clone());
+    }
+    let rows = stream.distinct(all, some).into_iter().map(|row| row as u32);
+    Ok(z.index_select(&Tensor::new(rows.collect::<Vec<u32>>(), z.device())?, 0)?)
+}
+
 /// Moves every code with N < `threshold`·tokens/K onto a random vector of `z_e` `[…,D]`; no two onto
 /// the same one as long as there are enough. N becomes the mean usage and m = N·e, so that a revived
 /// code is no sooner dead than any other, and e = m/N still holds.
@@ -143,7 +153,7 @@ fn revive(
     if dead.is_empty() {
         return Ok(dead);
     }
-    let z = quantizer.vectors(z_e)?;
+    let z = sample(&quantizer.vectors(z_e)?, dead.len(), stream)?;
     let rows = seed_rows(&z.flatten_all()?.to_vec1::<f32>()?, dim, dead.len(), stream);
     let replace = |var: &Var, scale: f32| -> Result<()> {
         let mut values = var.flatten_all()?.to_vec1::<f32>()?;

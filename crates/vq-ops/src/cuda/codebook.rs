@@ -3,7 +3,7 @@
 use candle_core::cuda::cudarc::driver::LaunchConfig;
 use candle_core::cuda::cudarc::driver::PushKernelArg;
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp2, Device, Layout, Result, Shape, Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Tensor, bail,
 };
 
 use super::{address, grid, launch, per_element, view};
@@ -132,6 +132,34 @@ impl CustomOp2 for Statistics {
             &digits
         );
         Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), (size * (dim + 1)).into()))
+    }
+}
+
+/// `codes` `[…]` u32 → `[G · K]` u32, as [`crate::count_codes`] says.
+pub(crate) struct Count {
+    pub(crate) codebooks: usize,
+    pub(crate) codebook_size: usize,
+}
+
+impl CustomOp1 for Count {
+    fn name(&self) -> &'static str {
+        "vq-count-codes"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        bail!("this form is for CUDA")
+    }
+
+    fn cuda_fwd(&self, codes: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let device = &codes.device;
+        let codes = view::<u32>(codes, layout)?;
+        let all = self.codebooks * self.codebook_size;
+        let counts = device.alloc_zeros::<u32>(all)?;
+        let blocks = grid(codes.len().div_ceil(2048).clamp(1, 128) as u32, 1);
+        let n = codes.len() as u64;
+        let (codebooks, size) = (self.codebooks as u32, self.codebook_size as u32);
+        launch!(device, "count_codes", blocks, &codes, &counts, &n, &codebooks, &size);
+        Ok((CudaStorage::wrap_cuda_slice(counts, device.clone()), all.into()))
     }
 }
 

@@ -332,6 +332,16 @@ static void codes(u32 count, u32 size, u32 dim, bool ties) {
     }
 }
 
+static void counting(u32 count, u32 codebooks, u32 size) {
+    std::vector<u32> codes(count), counts(codebooks * size), expected(counts);
+    for (u32 i = 0; i < count; i++) {
+        codes[i] = generator() % (size + 1);
+        if (codes[i] < size) expected[i % codebooks * size + codes[i]]++;
+    }
+    launch({3, 1, 1}, 64, [&] { count_codes(codes.data(), counts.data(), count, codebooks, size); });
+    check(counts == expected, "count_codes");
+}
+
 static void optimizer() {
     const size_t lengths[3] = {1, 300, 77};
     std::vector<std::vector<float>> data[5];
@@ -441,6 +451,7 @@ int main() {
     errors(1, 1); errors(1000, 3);
     codes(1, 1, 1, false); codes(70, 5, 3, false); codes(130, 100, 20, true); codes(65, 64, 64, true);
     codes(5, 2, 300, true); codes(2100, 7, 4, false);
+    counting(1000, 1, 7); counting(900, 3, 40); counting(500, 1, 5000);
     optimizer();
     averages(7, false); averages(40, true);
     pictures();

@@ -154,7 +154,7 @@ impl<T: Trainable> Trainer<T> {
     ) -> Result<Results<T::Residue>> {
         let (gradients, part, residue) = self.learn_part(batch, step)?;
         let (norm, clip) = self.clip(&gradients, step)?;
-        let (Clip::Waiting(scale), Norm::Waiting(norm), Seen::Waiting(figures)) =
+        let (Clip::Waiting(scale), Norm::Waiting(norm), Seen::Waiting(mut figures)) =
             (clip, norm, part.seen)
         else {
             return Err(candle_core::Error::Msg("a step that waits for the device".into()).into());
@@ -167,6 +167,7 @@ impl<T: Trainable> Trainer<T> {
             &scale,
         )?;
         repeats.follow(&residue, StepNumber::OnDevice(numbers.step()))?;
+        figures.count_codes()?;
         let values = figures.values_and(norm.narrow(0, 0, 1)?)?;
         Ok(Results { residue, figures, values, examples: part.examples })
     }

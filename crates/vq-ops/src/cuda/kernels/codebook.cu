@@ -279,6 +279,30 @@ extern "C" __global__ void code_statistics(const u64* sums, const u32* counts, c
     }
 }
 
+#define BINS 4096
+
+// How often each code was chosen: of `codebooks` codebooks in turn, [codebooks][codes]. 0 before.
+extern "C" __global__ void count_codes(const u32* assigned, u32* counts, u64 n, u32 codebooks, u32 codes) {
+    __shared__ u32 bins[BINS];
+    const u32 all = codebooks * codes;
+    const bool is_shared = all <= BINS;
+    if (is_shared) {
+        for (u32 i = threadIdx.x; i < all; i += blockDim.x) bins[i] = 0;
+        __syncthreads();
+    }
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        const u32 code = assigned[i], bin = (u32)(i % codebooks) * codes + code;
+        if (code >= codes) continue;
+        if (is_shared) atomicAdd(bins + bin, 1u);
+        else atomicAdd(counts + bin, 1u);
+    }
+    if (!is_shared) return;
+    __syncthreads();
+    for (u32 i = threadIdx.x; i < all; i += blockDim.x) {
+        if (bins[i] > 0) atomicAdd(counts + i, bins[i]);
+    }
+}
+
 // The factor of moving averages in step t: `decay`, and at most t/(t + warmup).
 __device__ inline float decay_in(const u32* step, double decay, double warmup) {
     double t = *step < 1 ? 1. : (double)*step;
