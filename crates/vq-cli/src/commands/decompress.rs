@@ -10,7 +10,7 @@ use clap::Args;
 use serde_json::json;
 use vq_model::{Codes, VqVae};
 use vq_prior::compress::{Block, Codec, CompressError, CompressedReader};
-use vq_train::{decode, model_hash, resolve_model};
+use vq_train::{decode, model_hash, require_model, resolve_model};
 use vq_viz::{save_png, tensor_to_image};
 
 use super::compress::progress;
@@ -27,6 +27,7 @@ use crate::{file, images, output};
 /// file, and `NAME_decoded.png`, what the model makes of the codes, from others; and all codes as
 /// `codes.safetensors`. What is damaged or decodes otherwise on this machine is an error, never a picture.
 #[derive(Debug, Args)]
+#[command(mut_arg("precision", |precision| precision.help(PRECISION)))]
 pub(crate) struct DecompressArgs {
     /// A file that `vq compress` wrote.
     #[arg(value_name = "FILE")]
@@ -49,6 +50,10 @@ pub(crate) struct DecompressArgs {
     compute: ComputeArgs,
 }
 
+/// The help of `--precision`: the file's is the default.
+const PRECISION: &str = "f32 or bf16: the format of the factors of the model's convolutions, which must be the one \
+    that the file was compressed with; priors compute in f32 in any case [default: the file's]";
+
 /// Seconds between lines of progress.
 const PAUSE: Duration = Duration::from_secs(2);
 
@@ -62,6 +67,7 @@ pub(crate) fn run(args: &DecompressArgs, format: LogFormat) -> Result<()> {
     let mut reader = open()?;
     let head = reader.head().clone();
     let folder = resolve_model(&args.model)?;
+    require_model(&folder)?;
     let hash = model_hash(&folder)?;
     head.require(&hash, &priors::hashes(&args.prior)?).map_err(named)?;
     // Before anything is written, and before hours of decoding.
