@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde_json::json;
-use vq_data::Dataset;
+use vq_data::{BrokenFile, Dataset};
 use vq_model::VqVae;
 use vq_prior::Prior;
 use vq_prior::compress::{
@@ -17,9 +17,9 @@ use vq_train::{model_hash, resolve_model};
 use super::encode::loader;
 use super::priors;
 use crate::cli::LogFormat;
-use crate::compute::{self, ComputeArgs};
-use crate::data_args::{DataArgs, Split, open_for};
-use crate::error::Result;
+use crate::compute::{self, ComputeArgs, MODEL_PRECISION};
+use crate::data_args::{DATA_ARGS, DataArgs, Split, name_broken, open_for};
+use crate::error::{Error, Result};
 use crate::file::Atomic;
 use crate::images::{self, ImageArgs};
 use crate::output;
@@ -28,7 +28,9 @@ use crate::output;
 ///
 /// `vq decompress` needs the same model and priors, and a machine that computes the same (it notices if not).
 #[derive(Debug, Args)]
-#[command(mut_arg("files", |files| files.required(false).required_unless_present("dataset")))]
+#[command(mut_arg("files", |files| files.required(false).required_unless_present("dataset")
+    .conflicts_with_all(DATA_ARGS)))]
+#[command(mut_arg("precision", |precision| precision.help(MODEL_PRECISION)))]
 #[command(after_help = "Examples:
   vq compress a.png b.jpg --model results --prior results-prior --out images.vq
   vq compress --lossless a.png --model results --out images.vq
@@ -52,7 +54,9 @@ pub(crate) struct CompressArgs {
     prior: Vec<PathBuf>,
 
     /// Keep every pixel: they are coded under the model's p(x|z), which needs a likelihood, as those of the
-    /// recipe cifar10-likelihood.
+    /// recipe cifar10-likelihood. An image file that would have to be cut to the model's multiples, or that has
+    /// transparency, more than 8 bits a channel or several pictures, is refused. Of --dataset the images are
+    /// kept as the model gets them, which of a folder are scaled to its size.
     #[arg(long)]
     lossless: bool,
 
@@ -118,6 +122,11 @@ pub(crate) fn run(args: &CompressArgs, format: LogFormat) -> Result<()> {
             progress("compress", (done, dataset.len()), start, format)?;
         }
     }
+    if args.lossless {
+        refuse_broken(&dataset.take_broken())?;
+    } else {
+        name_broken(dataset.as_ref(), format)?;
+    }
     let (file, payload, overhead) = writer.finish()?;
     file.finish()?;
     report(&args.out, dataset.as_ref(), &bits, (payload, overhead), format)
@@ -132,7 +141,11 @@ impl CompressArgs {
         format: LogFormat,
     ) -> Result<(Arc<dyn Dataset>, Vec<String>)> {
         let Some(split) = self.dataset else {
-            let pictures = self.images.load(model.config(), format)?;
+            let pictures = if self.lossless {
+                self.images.load_exact(model.config())?
+            } else {
+                self.images.load(model.config(), format)?
+            };
             let name = |path: &PathBuf| path.to_string_lossy().into_owned();
             let names = pictures.iter().map(|picture| name(&picture.path)).collect();
             return Ok((images::dataset(&pictures)?, names));
@@ -140,6 +153,19 @@ impl CompressArgs {
         let splits = open_for(model, folder, &self.data, format)?;
         Ok((split.of(&splits).clone(), Vec::new()))
     }
+}
+
+/// A lossless file of images that others took the place of would not hold what was asked for.
+fn refuse_broken(broken: &[BrokenFile]) -> Result<()> {
+    let Some(first) = broken.first() else { return Ok(()) };
+    Err(Error::other(format!(
+        "cannot decode {first}{}, and --lossless keeps every image: mend or remove such files, or leave out \
+         --lossless, which puts other images in their places",
+        match broken.len() {
+            1 => String::new(),
+            count => format!(" (and {} other files)", count - 1),
+        }
+    )))
 }
 
 /// How far a command is, and how fast.
@@ -151,7 +177,8 @@ pub(super) fn progress(
 ) -> Result<()> {
     let speed = done as f64 / start.elapsed().as_secs_f64().max(1e-9);
     let left = output::duration((images - done) as f64 / speed.max(1e-9));
-    let text = format!("{command}  {done}/{images}  {speed:.0} images/s  {left} left");
+    let digits = usize::from(speed < 10.0);
+    let text = format!("{command}  {done}/{images}  {speed:.digits$} images/s  {left} left");
     let record = json!({ "event": "progress", "command": command, "images": done, "of": images,
         "images_per_second": speed });
     output::result(format, text, &record)
