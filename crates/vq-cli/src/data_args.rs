@@ -63,6 +63,16 @@ impl DataArgs {
         flags.into_iter().find(|(_, is_given)| *is_given).map(|(flag, _)| flag)
     }
 
+    /// The same, with broken files refused; an error where they were to be skipped.
+    pub(crate) fn refusing_broken(&self) -> Result<Self> {
+        match self.on_broken {
+            Some(OnBrokenArg::Skip) => Err(Error::other(
+                "--on-broken skip leaves out images, and --lossless keeps every one: leave out one of them",
+            )),
+            _ => Ok(Self { on_broken: Some(OnBrokenArg::Refuse), ..self.clone() }),
+        }
+    }
+
     /// Lays the flags that were given over `data`.
     pub(crate) fn apply(&self, data: &mut DataConfig) {
         if let Some(source) = &self.data {

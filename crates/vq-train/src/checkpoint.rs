@@ -16,6 +16,8 @@ use crate::{Error, Result, file};
 /// RUN/best -> checkpoints/step-000000390
 /// ```
 ///
+/// Those of a prior hold [`UNIGRAM_FILE`](crate::UNIGRAM_FILE) too.
+///
 /// A checkpoint is written under a temporary name, synced and renamed; then the links are replaced,
 /// each in one step; then old checkpoints are removed.
 #[derive(Clone, Debug)]

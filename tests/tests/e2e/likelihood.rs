@@ -243,11 +243,17 @@ fn broken_files_of_a_data_set_are_named_or_refused() {
     bytes[middle..middle + 8].fill(0x55);
     fs::write(path("images/7.png"), bytes).unwrap();
     let compress = ["compress", &model, "--dataset=train", "--data=folder:images", "--out=a.vq"];
+    let lossless = || compress.into_iter().chain(["--lossless"]);
+    let parts = ["7.png", "--lossless keeps every image", "mend or remove"];
+    fail(folder.path(), lossless(), &parts);
+    assert!(!path("a.vq").exists());
     let said = succeed(folder.path(), compress);
     assert!(said.err.contains("cannot decode") && said.err.contains("7.png"), "{said:?}");
     fs::remove_file(path("a.vq")).unwrap();
-    let lossless = compress.into_iter().chain(["--lossless"]);
-    fail(folder.path(), lossless, &["7.png", "--lossless", "mend or remove"]);
+    // Known by now, and no less missing.
+    fail(folder.path(), lossless(), &parts);
+    let skip = lossless().chain(["--on-broken=skip"]);
+    fail(folder.path(), skip, &["--on-broken skip", "leave out one"]);
     assert!(!path("a.vq").exists());
 }
 

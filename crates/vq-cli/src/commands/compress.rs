@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use clap::Args;
 use serde_json::json;
-use vq_data::{BrokenFile, Dataset};
+use vq_data::Dataset;
 use vq_model::VqVae;
 use vq_prior::Prior;
 use vq_prior::compress::{
@@ -102,7 +102,7 @@ pub(crate) fn run(args: &CompressArgs, format: LogFormat) -> Result<()> {
     let (mut bits, mut done) = (BlockBits::default(), 0);
     let (start, mut said) = (Instant::now(), Instant::now());
     for batch in loader.epoch(0, 0) {
-        let batch = batch?;
+        let batch = batch.map_err(|error| args.name_lost(error.into()))?;
         let codes = model.encode(&batch.images.to_device(&device)?)?;
         let labels = batch.labels.to_vec1::<u32>()?;
         let labels = priors
@@ -122,11 +122,7 @@ pub(crate) fn run(args: &CompressArgs, format: LogFormat) -> Result<()> {
             progress("compress", (done, dataset.len()), start, format)?;
         }
     }
-    if args.lossless {
-        refuse_broken(&dataset.take_broken())?;
-    } else {
-        name_broken(dataset.as_ref(), format)?;
-    }
+    name_broken(dataset.as_ref(), format)?;
     let (file, payload, overhead) = writer.finish()?;
     file.finish()?;
     report(&args.out, dataset.as_ref(), &bits, (payload, overhead), format)
@@ -150,22 +146,31 @@ impl CompressArgs {
             let names = pictures.iter().map(|picture| name(&picture.path)).collect();
             return Ok((images::dataset(&pictures)?, names));
         };
-        let splits = open_for(model, folder, &self.data, format)?;
+        let data = if self.lossless { self.data.refusing_broken()? } else { self.data.clone() };
+        let splits =
+            open_for(model, folder, &data, format).map_err(|error| self.name_lost(error))?;
         Ok((split.of(&splits).clone(), Vec::new()))
     }
-}
 
-/// A lossless file of images that others took the place of would not hold what was asked for.
-fn refuse_broken(broken: &[BrokenFile]) -> Result<()> {
-    let Some(first) = broken.first() else { return Ok(()) };
-    Err(Error::other(format!(
-        "cannot decode {first}{}, and --lossless keeps every image: mend or remove such files, or leave out \
-         --lossless, which puts other images in their places",
-        match broken.len() {
-            1 => String::new(),
-            count => format!(" (and {} other files)", count - 1),
-        }
-    )))
+    /// What to do about a file of a data set that cannot be decoded, where no other image may take its place.
+    fn name_lost(&self, error: Error) -> Error {
+        use vq_data::Error::{BrokenFiles, Image};
+        let data = match &error {
+            Error::Data(data) | Error::Train(vq_train::Error::Data(data)) if self.lossless => data,
+            _ => return error,
+        };
+        let (path, reason, others) = match data {
+            Image { path, reason } => (path, reason, 0),
+            BrokenFiles { first, reason, count, .. } => (first, reason, count.saturating_sub(1)),
+            _ => return error,
+        };
+        let others = if others > 0 { format!(" and {others} other files") } else { String::new() };
+        Error::other(format!(
+            "cannot decode {} ({reason}){others}, and --lossless keeps every image: mend or remove such files, or \
+             leave out --lossless, without which other images take their places",
+            path.display()
+        ))
+    }
 }
 
 /// How far a command is, and how fast.

@@ -67,7 +67,7 @@ pub(crate) struct SampleArgs {
     top_p: f64,
 
     /// Above 1, stress what tells the class from the others (classifier-free guidance); twice the work. The
-    /// prior must have been trained with some of its labels dropped (prior.label_dropout).
+    /// prior must have been trained with some of its labels dropped (`prior.label_dropout`).
     #[arg(long, default_value_t = 1.0, value_name = "S")]
     guidance: f64,
 

@@ -42,9 +42,9 @@ impl Keep {
                 name.unwrap_or_default()
             )))
         };
-        match mask.iter().filter(|&&kept| kept == 1).count() {
-            0 => refuse("none of them: keep a larger part"),
-            count if count == mask.len() => refuse("all of them: keep a smaller part"),
+        match (mask.contains(&1), mask.contains(&0)) {
+            (false, _) => refuse("none of them: keep a larger part"),
+            (_, false) => refuse("all of them: keep a smaller part"),
             _ => Ok(Tensor::from_vec(mask, (h, w), &Device::Cpu)?),
         }
     }

@@ -49,8 +49,8 @@ pub(crate) struct TrainPriorArgs {
     #[arg(long, value_name = "FOLDER")]
     codes: Option<PathBuf>,
 
-    /// Codes to judge by, of `vq encode --dataset test` [default: a tenth of --codes, images
-    /// drawn from all of them].
+    /// Codes to judge by, of `vq encode --dataset test` [default: a tenth of --codes, images drawn from all
+    /// of them, the same ones in every run].
     #[arg(long, value_name = "FOLDER")]
     held_out: Option<PathBuf>,
 
