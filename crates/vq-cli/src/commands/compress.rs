@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use candle_core::Tensor;
 use clap::Args;
 use serde_json::json;
 use vq_data::Dataset;
-use vq_model::VqVae;
+use vq_model::{Codes, Config, VqVae};
 use vq_prior::Prior;
 use vq_prior::compress::{
     Block, BlockBits, Codec, CompressedHead, CompressedWriter, IMAGES_PER_BLOCK,
@@ -103,7 +104,7 @@ pub(crate) fn run(args: &CompressArgs, format: LogFormat) -> Result<()> {
     let (start, mut said) = (Instant::now(), Instant::now());
     for batch in loader.epoch(0, 0) {
         let batch = batch.map_err(|error| args.name_lost(error.into()))?;
-        let codes = model.encode(&batch.images.to_device(&device)?)?;
+        let codes = encode(&model, &batch.images.to_device(&device)?)?;
         let labels = batch.labels.to_vec1::<u32>()?;
         let labels = priors
             .first()
@@ -126,6 +127,25 @@ pub(crate) fn run(args: &CompressArgs, format: LogFormat) -> Result<()> {
     let (file, payload, overhead) = writer.finish()?;
     file.finish()?;
     report(&args.out, dataset.as_ref(), &bits, (payload, overhead), format)
+}
+
+/// The codes of a block, in parts that [`images_at_once`] bounds.
+fn encode(model: &VqVae, images: &Tensor) -> Result<Codes> {
+    let (count, _, height, width) = images.dims4()?;
+    let at_once = images_at_once(model.config(), [height, width]);
+    let mut parts = Vec::new();
+    for first in (0..count).step_by(at_once) {
+        let part = images.narrow(0, first, at_once.min(count - first))?.contiguous()?;
+        parts.push(model.encode(&part)?);
+    }
+    Ok(Codes::concat(&parts)?)
+}
+
+/// How many of a block's images of that height and width run through the model at a time: as many as keep its
+/// widest maps, which have `hidden` channels at half the size, within 2^26 values (256 MiB).
+pub(super) fn images_at_once(config: &Config, [height, width]: [usize; 2]) -> usize {
+    let hidden = config.levels.first().map_or(1, |level| level.hidden);
+    ((1 << 26) / (height * width * hidden / 4).max(1)).clamp(1, IMAGES_PER_BLOCK)
 }
 
 impl CompressArgs {
@@ -226,4 +246,20 @@ fn report(
         "computed_bits_levels": bits.levels, "computed_bits_pixels": bits.pixels,
         "bits_per_dim": total as f64 * 8.0 / dimensions });
     output::result(format, text, &record)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn large_images_go_one_by_one() {
+        let mut config = Config::default();
+        let mut at_once = |hidden: usize, side: usize| {
+            config.levels[0].hidden = hidden;
+            images_at_once(&config, [side, side])
+        };
+        assert_eq!([32, 256, 1024, 8192].map(|side| at_once(128, side)), [64, 32, 2, 1]);
+        assert_eq!(at_once(4, 1024), 64);
+    }
 }
