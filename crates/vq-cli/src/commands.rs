@@ -15,6 +15,8 @@ mod inspect_prior;
 mod priors;
 pub(crate) mod reconstruct;
 pub(crate) mod sample;
+mod sample_folder;
+mod sample_keep;
 pub(crate) mod train;
 pub(crate) mod train_prior;
 

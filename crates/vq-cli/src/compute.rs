@@ -33,6 +33,10 @@ pub(crate) struct ComputeArgs {
     strict_f32: bool,
 }
 
+/// The help of `--precision` where priors compute beside the model.
+pub(crate) const MODEL_PRECISION: &str = "f32 or bf16: the format of the factors of the model's convolutions, those \
+    of the tokenizer that turns pictures into codes and back; priors compute in f32 in any case [default: f32]";
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum DeviceChoice {
     Auto,
@@ -97,12 +101,18 @@ impl ComputeArgs {
     }
 }
 
-/// What computes on a device, as far as it decides on the last bit of a result.
+/// What computes on a device, as far as it decides on the last bit of a result: the program's version, the
+/// device, and what tells its results from those of others of its kind. The parts are separated by `; `.
 pub(crate) fn machine(device: &Device, precision: Precision) -> String {
+    let program = format!("vq {}", env!("CARGO_PKG_VERSION"));
     match device {
-        Device::Cpu => format!("cpu {}", precision.kernels()),
-        Device::Cuda(_) => "cuda".to_owned(),
-        Device::Metal(_) => "metal".to_owned(),
+        Device::Cpu => format!("{program}; cpu {}", precision.kernels()),
+        Device::Cuda(_) => {
+            let name = vq_ops::gpu_name(device).unwrap_or_else(|| "of unknown name".to_owned());
+            let factors = if vq_ops::is_strict_f32() { "strict f32" } else { "TF32" };
+            format!("{program}; cuda {name}; {factors}")
+        }
+        Device::Metal(_) => format!("{program}; metal"),
     }
 }
 
@@ -164,6 +174,14 @@ fn unusable(name: &str, error: &candle_core::Error) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_machine_is_its_program_and_its_kernels() {
+        let machine = machine(&Device::Cpu, Precision::F32);
+        let (program, kernels) = machine.split_once("; ").unwrap();
+        assert_eq!(program, format!("vq {}", env!("CARGO_PKG_VERSION")));
+        assert_eq!(kernels, format!("cpu {}", Precision::F32.kernels()));
+    }
 
     #[test]
     fn devices_are_told_apart() {

@@ -35,6 +35,9 @@ pub(crate) struct DataArgs {
     on_broken: Option<OnBrokenArg>,
 }
 
+/// The ids of these flags, for commands where other arguments rule them out.
+pub(crate) const DATA_ARGS: [&str; 4] = ["data", "data_dir", "train_count", "on_broken"];
+
 /// A part of a data set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Split {
@@ -49,6 +52,27 @@ enum OnBrokenArg {
 }
 
 impl DataArgs {
+    /// The first flag that was given, where any was.
+    pub(crate) fn given(&self) -> Option<&'static str> {
+        let flags = [
+            ("--data", self.data.is_some()),
+            ("--data-dir", self.data_dir.is_some()),
+            ("--train-count", self.train_count.is_some()),
+            ("--on-broken", self.on_broken.is_some()),
+        ];
+        flags.into_iter().find(|(_, is_given)| *is_given).map(|(flag, _)| flag)
+    }
+
+    /// The same, with broken files refused; an error where they were to be skipped.
+    pub(crate) fn refusing_broken(&self) -> Result<Self> {
+        match self.on_broken {
+            Some(OnBrokenArg::Skip) => Err(Error::other(
+                "--on-broken skip leaves out images, and --lossless keeps every one: leave out one of them",
+            )),
+            _ => Ok(Self { on_broken: Some(OnBrokenArg::Refuse), ..self.clone() }),
+        }
+    }
+
     /// Lays the flags that were given over `data`.
     pub(crate) fn apply(&self, data: &mut DataConfig) {
         if let Some(source) = &self.data {

@@ -54,12 +54,7 @@ pub(crate) struct Picture {
 impl ImageArgs {
     /// Reads all files before anything is done with one of them.
     pub(crate) fn load(&self, config: &Config, format: LogFormat) -> Result<Vec<Picture>> {
-        if config.channels != 3 {
-            let problem = format!("the model takes images of {} channels", config.channels);
-            return Err(Error::other(format!(
-                "{problem}, and image files give 3: use another model"
-            )));
-        }
+        require_rgb(config)?;
         if let Some(size) = self.size {
             // Refuses a size that the model cannot take.
             config.grids(size.height, size.width)?;
@@ -94,6 +89,51 @@ impl ImageArgs {
         }
         Ok(pictures)
     }
+
+    /// Reads all files where no pixel may be changed: what [`load`](Self::load) would scale, cut or convert
+    /// is refused.
+    pub(crate) fn load_exact(&self, config: &Config) -> Result<Vec<Picture>> {
+        require_rgb(config)?;
+        if self.size.is_some() {
+            return Err(Error::other(
+                "--size scales the images and --lossless keeps every pixel: leave out one of them",
+            ));
+        }
+        let mut pictures: Vec<Picture> = Vec::with_capacity(self.files.len());
+        for path in &self.files {
+            let image = picture::load_exact(path)?;
+            let (size, multiple) = (image.dimensions(), config.downsampling() as u32);
+            let (width, height) = size;
+            if !width.is_multiple_of(multiple) || !height.is_multiple_of(multiple) {
+                return Err(Error::other(format!(
+                    "{} is {width}×{height}, and the model takes multiples of {multiple} pixels: pad it or cut it to \
+                     such a size first, since --lossless keeps every pixel",
+                    path.display()
+                )));
+            }
+            if let Some(first) = pictures.first().filter(|first| first.image.dimensions() != size) {
+                let (w, h) = first.image.dimensions();
+                return Err(Error::other(format!(
+                    "{} is {w}×{h} and {} is {width}×{height}, and a file holds images of one size: compress them \
+                     into a file each",
+                    first.path.display(),
+                    path.display()
+                )));
+            }
+            pictures.push(Picture { path: path.clone(), image });
+        }
+        Ok(pictures)
+    }
+}
+
+fn require_rgb(config: &Config) -> Result<()> {
+    if config.channels == 3 {
+        return Ok(());
+    }
+    Err(Error::other(format!(
+        "the model takes images of {} channels, and image files give 3: use another model",
+        config.channels
+    )))
 }
 
 /// The middle of an image, as much as is a multiple of `multiple` on both sides; `None` if that is

@@ -6,7 +6,10 @@
 //! level by level, each in ⌈log₂ K⌉ bits. So 512 codes take 9 bits and not 16, and image i is found
 //! without an index. Unpacking costs a shift and a mask per code.
 //!
-//! A shard is read with one seek and one read per image: memory mapping would need `unsafe` code.
+//! An image is read with one positioned read of its record, so that threads share an open shard without a
+//! lock: memory mapping would save the call, and would need `unsafe` code, which only vq-ops may have. At most
+//! 64 shards of a folder are held open; those of higher numbers are opened for each read, so
+//! that a folder of very many shards does not exhaust the process's file descriptors.
 
 mod pack;
 mod reader;

@@ -137,6 +137,17 @@ pub enum Error {
         /// Why, in the decoder's words.
         reason: String,
     },
+    /// An image file of which reading would lose something that was to be kept.
+    #[error(
+        "{} {what}: convert it to one picture of 8 bits a channel without transparency first",
+        path.display()
+    )]
+    NotExact {
+        /// The file.
+        path: PathBuf,
+        /// What would be lost.
+        what: String,
+    },
     /// Some files of a folder are not readable images, and broken files are refused.
     #[error(
         "{count} of {total} images in {} cannot be read, the first is {} ({reason}): repair or \

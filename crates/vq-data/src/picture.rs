@@ -1,5 +1,6 @@
 //! Image files as the models see them: decoded by content, upright, RGB, cropped to a size.
 
+mod exact;
 mod header;
 
 use std::fs::File;
@@ -10,18 +11,19 @@ use std::path::Path;
 use image::imageops::{self, FilterType};
 use image::{DynamicImage, ImageDecoder, ImageFormat, ImageReader, RgbImage};
 
+pub use exact::load_exact;
 pub(crate) use header::check;
 
 use crate::Error;
 
 /// Reads an image file: the format is told by its content, the EXIF orientation is applied,
 /// transparency is laid over white, grey and 16-bit images become 8-bit RGB, and of an animation
-/// the first picture is taken.
+/// the first picture is taken. [`load_exact`] refuses what loses something by that.
 pub fn load(path: impl AsRef<Path>) -> Result<RgbImage, Error> {
     let path = path.as_ref();
     let (file, format) = open(path)?;
     let reader = ImageReader::with_format(BufReader::new(file), format);
-    guarded(path, || decode(reader))
+    guarded(path, || decode(reader).map(to_rgb))
 }
 
 /// Scales the shorter side to a size and cuts the middle out of the longer one: any size →
@@ -97,12 +99,13 @@ fn guarded<T>(path: &Path, decode: impl FnOnce() -> Result<T, String>) -> Result
 /// What an image may take once it is decoded: a few kilobytes can claim to be many gigabytes.
 const MOST_BYTES: u64 = 1 << 30;
 
-fn decode(reader: ImageReader<impl BufRead + Seek>) -> Result<RgbImage, String> {
+/// The image as it is, upright.
+fn decode(reader: ImageReader<impl BufRead + Seek>) -> Result<DynamicImage, String> {
     let mut decoder = decoder(reader)?;
     let orientation = decoder.orientation().map_err(one_line)?;
     let mut image = DynamicImage::from_decoder(decoder).map_err(one_line)?;
     image.apply_orientation(orientation);
-    Ok(to_rgb(image))
+    Ok(image)
 }
 
 /// Reads the header.

@@ -43,6 +43,24 @@ pub fn set_strict_f32(strict: bool) {
     let _ = strict;
 }
 
+/// What [`set_strict_f32`] last said; false before, and in a build without CUDA.
+pub fn is_strict_f32() -> bool {
+    #[cfg(feature = "cuda")]
+    return crate::cuda::is_strict();
+    #[cfg(not(feature = "cuda"))]
+    false
+}
+
+/// What a GPU is called, e.g. `NVIDIA H100 PCIe`; nothing for other devices than CUDA's, or where the driver
+/// does not say.
+pub fn gpu_name(device: &Device) -> Option<String> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => device.cuda_stream().context().name().ok(),
+        _ => None,
+    }
+}
+
 /// The device of tests that can run on any: what `VQ_TEST_DEVICE` says, one of `cpu` (without it), `cuda`,
 /// `cuda:N` and `metal`; with f32 in full. The same for the whole process, since tensors of a device that was
 /// opened twice do not go together.

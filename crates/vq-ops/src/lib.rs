@@ -56,7 +56,7 @@ pub use codebook_average::{AverageRule, CodebookAverages, StepNumber, average_co
 pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
 #[doc(hidden)]
 pub use device::test_device;
-pub use device::{open_cuda, set_strict_f32};
+pub use device::{gpu_name, is_strict_f32, open_cuda, set_strict_f32};
 pub use dropout::dropout;
 pub use gate::{gate, gate_sum};
 pub use gradients::Gradients;

@@ -94,7 +94,7 @@ pub struct PixelCnnConfig {
     /// A block of causal self-attention follows every so many layers (Chen et al. 2018, `PixelSNAIL`);
     /// 0 = none.
     pub attention_every: usize,
-    /// Heads of that attention.
+    /// Heads of that attention; they divide `channels` where there is any.
     pub heads: usize,
 }
 
@@ -166,7 +166,7 @@ impl Config {
                 }
             }
         }
-        self.conditioner.validate()?;
+        self.conditioner.validate(!self.conditioning.is_empty())?;
         match &self.network {
             Network::PixelCnn(network) => network.validate(),
             Network::Transformer(network) => network.validate(),
@@ -175,13 +175,26 @@ impl Config {
 }
 
 impl ConditionerConfig {
-    fn validate(&self) -> Result<()> {
+    fn validate(&self, is_used: bool) -> Result<()> {
         within("conditioner.residual_blocks", self.residual_blocks, 0, 1024)?;
-        check_heads("conditioner", self.channels, self.heads)
+        check_channels("conditioner", self.channels)?;
+        if is_used { check_heads("conditioner", self.channels, self.heads) } else { Ok(()) }
     }
 }
 
 impl PixelCnnConfig {
+    /// Whether a block of attention follows any layer; without one, `heads` has no meaning.
+    pub fn has_attention(&self) -> bool {
+        (1..self.layers).contains(&self.attention_every)
+    }
+
+    /// Whether one follows layer `index`, from 0. After the last layer it would change nothing: the skips
+    /// are taken before it.
+    pub(crate) fn attends_after(&self, index: usize) -> bool {
+        let last = index + 1 == self.layers;
+        self.attention_every > 0 && (index + 1).is_multiple_of(self.attention_every) && !last
+    }
+
     fn validate(&self) -> Result<()> {
         within("network.layers", self.layers, 1, 1024)?;
         within("network.skip_channels", self.skip_channels, 1, 1 << 16)?;
@@ -195,7 +208,12 @@ impl PixelCnnConfig {
                 return Err(Error::config(key, format!("must be odd, got {size}")));
             }
         }
-        check_heads("network", self.channels, self.heads)
+        check_channels("network", self.channels)?;
+        if self.has_attention() {
+            check_heads("network", self.channels, self.heads)
+        } else {
+            Ok(())
+        }
     }
 }
 
@@ -203,6 +221,7 @@ impl TransformerConfig {
     fn validate(&self) -> Result<()> {
         within("network.layers", self.layers, 1, 1024)?;
         within("network.mlp_hidden", self.mlp_hidden, 1, 1 << 20)?;
+        check_channels("network", self.channels)?;
         check_heads("network", self.channels, self.heads)
     }
 }
@@ -265,8 +284,11 @@ fn check_grid(prefix: &str, grid: [usize; 2], codebook_sizes: &[usize]) -> Resul
     Ok(())
 }
 
+fn check_channels(prefix: &str, channels: usize) -> Result<()> {
+    within(format!("{prefix}.channels"), channels, 1, 1 << 16)
+}
+
 fn check_heads(prefix: &str, channels: usize, heads: usize) -> Result<()> {
-    within(format!("{prefix}.channels"), channels, 1, 1 << 16)?;
     within(format!("{prefix}.heads"), heads, 1, channels)?;
     if !channels.is_multiple_of(heads) {
         let problem = format!("must divide the {channels} channels, got {heads}");

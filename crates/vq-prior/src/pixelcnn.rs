@@ -121,10 +121,6 @@ impl GatedLayer {
         let half = size.div_ceil(2);
         let name = |part: &str| format!("layers.{index}.{part}");
         let last = index + 1 == network.layers;
-        // Attention after the last layer would change nothing: the skips are taken before it.
-        let attends = network.attention_every > 0
-            && (index + 1).is_multiple_of(network.attention_every)
-            && !last;
         let both = (channels, 2 * channels);
         Ok(Self {
             vertical: Conv::new(builder, &name("vertical"), both, [half, size], 1.0)?,
@@ -143,7 +139,7 @@ impl GatedLayer {
                 let inputs = config.conditioner.channels;
                 Some(Conv::linear(builder, &name("map"), inputs, 2 * channels)?)
             },
-            attention: if attends {
+            attention: if network.attends_after(index) {
                 Some(AttentionBlock {
                     norm: ClassNorm::new(
                         builder,

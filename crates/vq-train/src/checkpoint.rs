@@ -16,6 +16,8 @@ use crate::{Error, Result, file};
 /// RUN/best -> checkpoints/step-000000390
 /// ```
 ///
+/// Those of a prior hold [`UNIGRAM_FILE`](crate::UNIGRAM_FILE) too.
+///
 /// A checkpoint is written under a temporary name, synced and renamed; then the links are replaced,
 /// each in one step; then old checkpoints are removed.
 #[derive(Clone, Debug)]
@@ -207,22 +209,79 @@ pub fn resolve_model(path: impl AsRef<Path>) -> Result<PathBuf> {
     Err(Error::NoRun { path: path.to_path_buf(), problem: problem.to_owned() })
 }
 
-/// The model in a run's, a checkpoint's or a model's folder; see [`resolve_model`].
+/// The model in a run's, a checkpoint's or a model's folder; see [`resolve_model`]. A prior is refused.
 pub fn load_model(path: impl AsRef<Path>, device: &Device) -> Result<VqVae> {
-    Ok(VqVae::from_pretrained(resolve_model(path)?, device)?)
+    let folder = resolve_model(path)?;
+    require_model(&folder)?;
+    Ok(VqVae::from_pretrained(folder, device)?)
 }
 
 /// The prior in a run's, a checkpoint's or a model's folder, for the model whose
-/// [`model_hash`](crate::model_hash) is `hash`; a prior over another's codes is refused.
+/// [`model_hash`](crate::model_hash) is `hash`; a prior over another's codes is refused, and so is a model.
 pub fn load_prior(path: impl AsRef<Path>, hash: &str, device: &Device) -> Result<vq_prior::Prior> {
     let path = path.as_ref();
-    let prior = vq_prior::Prior::from_pretrained(resolve_model(path)?, device)?;
+    let folder = resolve_model(path)?;
+    require_prior(&folder)?;
+    let prior = vq_prior::Prior::from_pretrained(folder, device)?;
     let made_by = &prior.config().tokenizer;
     if made_by != hash {
         let (what, made_by) = (path.to_path_buf(), made_by.clone());
         return Err(Error::OtherModel { what, made_by, hash: hash.to_owned() });
     }
     Ok(prior)
+}
+
+/// Refuses a model's folder (see [`resolve_model`]) that holds a prior.
+pub fn require_model(folder: impl AsRef<Path>) -> Result<()> {
+    let path = folder.as_ref().to_path_buf();
+    match Kind::of(&path) {
+        Some(Kind::Prior) => Err(Error::NoRun {
+            path,
+            problem:
+                "this is a prior; give the model whose codes it learned (what `vq train` wrote)"
+                    .to_owned(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Refuses a model's folder (see [`resolve_model`]) that holds a tokenizer.
+pub fn require_prior(folder: impl AsRef<Path>) -> Result<()> {
+    let path = folder.as_ref().to_path_buf();
+    match Kind::of(&path) {
+        Some(Kind::Model) => Err(Error::NoRun {
+            path,
+            problem: "this is a model; give a prior over its codes (what `vq train-prior` wrote)"
+                .to_owned(),
+        }),
+        _ => Ok(()),
+    }
+}
+
+/// Whether a model's folder (see [`resolve_model`]) holds a prior, and not a tokenizer.
+pub fn is_prior(folder: impl AsRef<Path>) -> bool {
+    Kind::of(folder.as_ref()) == Some(Kind::Prior)
+}
+
+/// What a model's folder holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Model,
+    Prior,
+}
+
+impl Kind {
+    /// By the keys of its config; nothing where these are of neither or there is none, which is for the
+    /// loader to complain about.
+    fn of(folder: &Path) -> Option<Self> {
+        let bytes = fs::read(folder.join(vq_model::CONFIG_FILE)).ok()?;
+        let config: serde_json::Value = serde_json::from_slice(&bytes).ok()?;
+        let has = |keys: [&str; 2]| keys.iter().all(|key| config.get(key).is_some());
+        if has(["network", "codebook_sizes"]) {
+            return Some(Self::Prior);
+        }
+        has(["levels", "normalization"]).then_some(Self::Model)
+    }
 }
 
 #[cfg(test)]

@@ -54,9 +54,13 @@ mod state;
 mod tokenizer;
 mod trainable;
 mod trainer;
+mod unigram;
 
 pub use bits::{BitsPerDim, bits_per_dim};
-pub use checkpoint::{BEST, CHECKPOINTS, Checkpoints, LAST, load_model, load_prior, resolve_model};
+pub use checkpoint::{
+    BEST, CHECKPOINTS, Checkpoints, LAST, is_prior, load_model, load_prior, require_model,
+    require_prior, resolve_model,
+};
 pub use compare::{
     Comparison, PlannedRun, Row, RunFigures, RunState, Spread, Summary, Variant, Variants,
 };
@@ -73,7 +77,7 @@ pub use jsonl::{MetricsFile, read_metrics, record};
 pub use memory::{MemoryEstimate, available_memory};
 pub use metrics::{Metrics, Usage, is_codebook_figure};
 pub use prior_codes::CodesBatch;
-pub use prior_evaluation::{evaluate_prior, is_prior};
+pub use prior_evaluation::{PriorFigures, UnigramSource, evaluate_prior};
 pub use prior_recipe::{PriorDataConfig, PriorLevel, PriorRecipe, PriorTrainConfig};
 pub use prior_task::{PriorTask, decode};
 pub use recipe::{DataConfig, KMeansConfig, Recipe, RevivalConfig, TrainConfig};
@@ -84,3 +88,4 @@ pub use state::{Progress, Running, TRAINING_FILE, read_progress};
 pub use tokenizer::{Part, Residue, Tokenizer};
 pub use trainable::{Advice, Evaluation, Forward, Repeats, Samples, Trainable, Update};
 pub use trainer::{Outcome, Trainer};
+pub use unigram::UNIGRAM_FILE;

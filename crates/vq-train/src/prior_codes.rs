@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use candle_core::{Device, Tensor};
 use vq_data::{CodesFolder, CodesLevel, CodesManifest, ImageCodes};
+use vq_model::Stream;
 use vq_prior::{Conditions, GridConfig};
 
 use crate::{Error, PriorDataConfig, Result};
@@ -12,8 +13,8 @@ use crate::{Error, PriorDataConfig, Result};
 #[derive(Clone, Debug)]
 pub(crate) struct PriorCodes {
     folder: Arc<CodesFolder>,
-    first: usize,
-    count: usize,
+    /// Which images of the folder, in its order.
+    images: Arc<[usize]>,
     level: usize,
 }
 
@@ -37,36 +38,52 @@ impl CodesBatch {
 
 impl PriorCodes {
     /// What to learn from and what to judge by. The model of that hash must have made both.
+    ///
+    /// Without a folder to judge by, ⌈`held_out_share`·N⌉ of the N images are held out (at least one, and not
+    /// all). They are drawn without replacement, by a stream that only N decides: a folder of images is in
+    /// the order of its classes, so that its last images would be those of the last classes alone. Training,
+    /// resuming and evaluation draw the same ones.
     pub(crate) fn open(data: &PriorDataConfig, hash: &str) -> Result<(Self, Self)> {
         let folder = open(&data.codes, hash)?;
         let level = data.level.of(folder.manifest().levels.len())?;
-        let all = |folder: Arc<CodesFolder>| {
-            let count = folder.len();
-            Self { folder, first: 0, count, level }
-        };
-        let train = all(folder.clone());
+        let train = Self::whole(folder, level);
         if let Some(path) = &data.held_out {
             let held_out = open(path, hash)?;
-            let (ours, theirs) = (folder.manifest(), held_out.manifest());
+            let (ours, theirs) = (train.manifest(), held_out.manifest());
             if ours.levels != theirs.levels || ours.class_names != theirs.class_names {
                 let problem = format!(
                     "holds codes of other grids or classes than {}: encode both splits of one data set",
-                    folder.path().display()
+                    data.codes.display()
                 );
                 return Err(Error::Data(vq_data::Error::Codes { path: path.clone(), problem }));
             }
-            return Ok((train, all(held_out)));
+            return Ok((train, Self::whole(held_out, level)));
         }
-        let count = (train.count as f64 * data.held_out_share).ceil() as usize;
-        let count = count.clamp(1, train.count.max(2) - 1);
-        let kept = train.count - count.min(train.count);
-        if kept == 0 {
+        let all = train.len();
+        let count = (all as f64 * data.held_out_share).ceil() as usize;
+        let count = count.clamp(1, all.max(2) - 1);
+        if count >= all {
             let problem = "holds one image: there is none to hold out".to_owned();
             let path = data.codes.clone();
             return Err(Error::Data(vq_data::Error::Codes { path, problem }));
         }
-        let held_out = Self { first: kept, count, ..train.clone() };
-        Ok((Self { count: kept, ..train }, held_out))
+        let (kept, held_out) = split(all, count);
+        let part = |images: Vec<usize>| Self { images: images.into(), ..train.clone() };
+        Ok((part(kept), part(held_out)))
+    }
+
+    /// All codes of a folder, for a prior that is told so many levels above its own. The model of that hash
+    /// must have made them.
+    pub(crate) fn open_whole(path: &std::path::Path, hash: &str, above: usize) -> Result<Self> {
+        let folder = open(path, hash)?;
+        let level = folder.manifest().levels.len().saturating_sub(1 + above);
+        Ok(Self::whole(folder, level))
+    }
+
+    /// All images of a folder.
+    fn whole(folder: Arc<CodesFolder>, level: usize) -> Self {
+        let images = (0..folder.len()).collect();
+        Self { folder, images, level }
     }
 
     /// The architecture with what the codes decide filled in.
@@ -89,13 +106,18 @@ impl PriorCodes {
         }
     }
 
+    /// The folder of all codes.
+    pub(crate) fn path(&self) -> &std::path::Path {
+        self.folder.path()
+    }
+
     pub(crate) fn manifest(&self) -> &CodesManifest {
         self.folder.manifest()
     }
 
     /// The number of images.
     pub(crate) fn len(&self) -> usize {
-        self.count
+        self.images.len()
     }
 
     /// The prior's level.
@@ -134,7 +156,7 @@ impl PriorCodes {
             level.codebook_sizes.iter().map(|&size| vec![0; size]).collect()
         };
         let mut all: Vec<_> = self.manifest().levels.iter().map(zeros).collect();
-        for index in 0..self.count {
+        for index in 0..self.len() {
             for (counts, codes) in all.iter_mut().zip(&self.image(index)?.levels) {
                 let places = counts.len().max(1);
                 for (place, &code) in codes.iter().enumerate() {
@@ -148,21 +170,6 @@ impl PriorCodes {
         Ok(all)
     }
 
-    /// Bits per code of these codes under the frequencies `of` other codes of the level, whatever the
-    /// position, each count with one added: what a prior must beat.
-    pub(crate) fn unigram_bits(&self, of: &[Vec<u64>]) -> Result<f64> {
-        let own = self.histograms()?;
-        let (mut bits, mut codes) = (0.0, 0);
-        for (own, of) in own.get(self.level).into_iter().flatten().zip(of) {
-            let total = (of.iter().sum::<u64>() + of.len() as u64) as f64;
-            for (&count, &known) in own.iter().zip(of) {
-                bits -= count as f64 * ((known + 1) as f64 / total).log2();
-                codes += count;
-            }
-        }
-        Ok(bits / codes.max(1) as f64)
-    }
-
     /// The prior's level and those above.
     fn levels(&self) -> impl Iterator<Item = &CodesLevel> {
         self.manifest().levels.iter().skip(self.level)
@@ -173,8 +180,18 @@ impl PriorCodes {
     }
 
     fn image(&self, index: usize) -> Result<ImageCodes> {
-        Ok(self.folder.read(self.first + index)?)
+        // The folder refuses an image that it does not have.
+        let image = self.images.get(index).copied().unwrap_or(self.folder.len());
+        Ok(self.folder.read(image)?)
     }
+}
+
+/// `count` of the numbers below `all` to hold out, and the others first; both rising.
+fn split(all: usize, count: usize) -> (Vec<usize>, Vec<usize>) {
+    let mut held_out = Stream::new(0, "prior.held_out", all as u64).distinct(count, all);
+    held_out.sort_unstable();
+    let is_kept = |image: &usize| held_out.binary_search(image).is_err();
+    ((0..all).filter(is_kept).collect(), held_out)
 }
 
 fn open(path: &std::path::Path, hash: &str) -> Result<Arc<CodesFolder>> {
@@ -188,4 +205,24 @@ fn open(path: &std::path::Path, hash: &str) -> Result<Arc<CodesFolder>> {
         });
     }
     Ok(Arc::new(folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn images_are_held_out_from_everywhere_and_always_the_same() {
+        let (kept, held_out) = split(1000, 100);
+        assert_eq!((kept.len(), held_out.len()), (900, 100));
+        let mut all = [kept.clone(), held_out.clone()].concat();
+        all.sort_unstable();
+        assert!(all.into_iter().eq(0..1000));
+        // Ten classes of a hundred images each, one after the other.
+        for class in 0..10 {
+            let of_class = held_out.iter().filter(|&&image| image / 100 == class).count();
+            assert!((2..25).contains(&of_class), "{of_class} of class {class}");
+        }
+        assert_eq!(split(1000, 100), (kept, held_out));
+    }
 }

@@ -36,8 +36,9 @@ pub struct PriorDataConfig {
     /// A folder of codes to judge by; none = a share of `codes`.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub held_out: Option<PathBuf>,
-    /// Share of `codes`, its last images, that is judged by and not learned from; without meaning where
-    /// there is a folder for that.
+    /// Share of `codes` that is judged by and not learned from, rounded up to whole images; without meaning
+    /// where there is a folder for that. Which images, is drawn once and for all for their number: the same
+    /// ones in every run on the same codes, whatever its seed.
     pub held_out_share: f64,
     /// The level that the prior is for. It sees the whole grids of all levels above.
     pub level: PriorLevel,

@@ -11,6 +11,7 @@ use vq_prior::{Conditions, Prior, SampleOptions, Training};
 use crate::prior_codes::PriorCodes;
 use crate::prior_evaluation::judge;
 use crate::recipe_toml::first_difference;
+use crate::unigram::Unigram;
 use crate::{
     CodesBatch, Error, Evaluation, Figures, Forward, PriorRecipe, PriorTrainConfig, Result,
     Trainable, Update,
@@ -23,6 +24,8 @@ pub struct PriorTask {
     train: PriorCodes,
     held_out: PriorCodes,
     config: PriorTrainConfig,
+    /// Of the training codes.
+    unigram: Unigram,
     unigram_bits: f64,
     /// The most frequent codes of each level below, `[G]`.
     below: Vec<Vec<u32>>,
@@ -47,13 +50,13 @@ impl PriorTask {
             return Err(Error::Data(vq_data::Error::BatchTooLarge { batch_size, len }));
         }
         let histograms = train.histograms()?;
-        let of_level = histograms.get(train.level()).map(Vec::as_slice).unwrap_or_default();
-        let unigram_bits = held_out.unigram_bits(of_level)?;
+        let unigram = Unigram::of_level(&histograms, train.level());
+        let unigram_bits = unigram.bits(&held_out)?;
         let below = histograms.iter().take(train.level());
         let below = below.map(|codes| codes.iter().map(|counts| most_frequent(counts)).collect());
         let below = below.collect();
         let prior = Prior::new(&recipe.prior, config.seed, device)?;
-        Ok(Self { prior, model, train, held_out, config, unigram_bits, below })
+        Ok(Self { prior, model, train, held_out, config, unigram, unigram_bits, below })
     }
 
     /// The prior as it stands.
@@ -192,7 +195,8 @@ impl Trainable for PriorTask {
     }
 
     fn save(&self, folder: &Path) -> Result<()> {
-        Ok(self.prior.save(folder)?)
+        self.prior.save(folder)?;
+        self.unigram.save(folder)
     }
 
     fn load(&mut self, folder: &Path) -> Result<()> {

@@ -157,7 +157,8 @@ fn images_come_back_as_they_were() {
     if said.code == Some(0) {
         assert_eq!(open("a.png"), open("other/a_restored.png"));
     } else {
-        crate::support::refused(&said, &["exact.vq", "computes otherwise", "portable", "VQ_CPU"]);
+        let parts = ["exact.vq", "computes otherwise", "here cpu portable", "VQ_CPU"];
+        crate::support::refused(&said, &parts);
         assert!(!path("other").exists());
     }
     let whole = fs::read(path("exact.vq")).unwrap();
@@ -175,9 +176,85 @@ fn images_come_back_as_they_were() {
     fail(folder.path(), ["decompress", "exact.vq", &model], &["1 prior(s), and 0", "--prior"]);
     let plain = format!("--model={}", trained().join("run").display());
     fail(folder.path(), ["decompress", "exact.vq", &plain], &["another model", "--model"]);
+    fail(
+        folder.path(),
+        ["decompress", "exact.vq", &model, "--prior", made.join("run").to_str().unwrap()],
+        &["this is a model", "give a prior"],
+    );
+    let swapped = format!("--model={}", made.join("prior").display());
+    fail(folder.path(), ["decompress", "exact.vq", &swapped], &["this is a prior"]);
     picture(&path("large.png"), 32, 16);
     fail(folder.path(), ["compress", "large.png", &model, &prior], &["16×16", "--size"]);
+    fail(
+        folder.path(),
+        ["compress", "large.png", &model, &prior, "--lossless"],
+        &["16×16", "leave out the priors"],
+    );
     assert!(!path("images.vq").exists());
+}
+
+#[test]
+fn a_lossless_file_takes_no_image_that_would_lose_something() {
+    let made = made();
+    let model = format!("--model={}", made.join("run").display());
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    picture(&path("odd.png"), 17, 16);
+    picture(&path("a.png"), 16, 16);
+    picture(&path("wide.png"), 20, 16);
+    image::RgbaImage::from_pixel(16, 16, image::Rgba([9, 9, 9, 9]))
+        .save(path("clear.png"))
+        .unwrap();
+    let deep = image::ImageBuffer::from_pixel(16, 16, image::Rgb([256u16, 2, 3]));
+    deep.save(path("deep.png")).unwrap();
+    for (more, parts) in [
+        (&["odd.png"][..], &["odd.png", "17×16", "multiples of 4", "pad it"][..]),
+        (&["a.png", "--size=16"], &["--size", "leave out one"]),
+        (&["a.png", "wide.png"], &["16×16", "wide.png is 20×16", "file each"]),
+        (&["clear.png"], &["clear.png", "transparent", "convert it"]),
+        (&["deep.png"], &["deep.png", "8 bits", "convert it"]),
+    ] {
+        let mut args = vec!["compress", &model, "--lossless"];
+        args.extend(more);
+        fail(folder.path(), args, parts);
+    }
+    assert!(!path("images.vq").exists());
+    // Where pixels need not be kept, they are cut or converted as they were.
+    for more in [&["odd.png"][..], &["a.png", "--size=16"], &["clear.png"], &["deep.png"]] {
+        let mut args = vec!["compress", &model];
+        args.extend(more);
+        succeed(folder.path(), args);
+    }
+}
+
+#[test]
+fn broken_files_of_a_data_set_are_named_or_refused() {
+    let made = made();
+    let model = format!("--model={}", made.join("run").display());
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    fs::create_dir(path("images")).unwrap();
+    for index in 0..20 {
+        picture(&path(&format!("images/{index}.png")), 16 + index, 16);
+    }
+    // Damage in the middle: its header and its end are those of an image.
+    let mut bytes = fs::read(path("images/7.png")).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 8].fill(0x55);
+    fs::write(path("images/7.png"), bytes).unwrap();
+    let compress = ["compress", &model, "--dataset=train", "--data=folder:images", "--out=a.vq"];
+    let lossless = || compress.into_iter().chain(["--lossless"]);
+    let parts = ["7.png", "--lossless keeps every image", "mend or remove"];
+    fail(folder.path(), lossless(), &parts);
+    assert!(!path("a.vq").exists());
+    let said = succeed(folder.path(), compress);
+    assert!(said.err.contains("cannot decode") && said.err.contains("7.png"), "{said:?}");
+    fs::remove_file(path("a.vq")).unwrap();
+    // Known by now, and no less missing.
+    fail(folder.path(), lossless(), &parts);
+    let skip = lossless().chain(["--on-broken=skip"]);
+    fail(folder.path(), skip, &["--on-broken skip", "leave out one"]);
+    assert!(!path("a.vq").exists());
 }
 
 #[test]
@@ -202,7 +279,14 @@ fn what_has_no_likelihood_says_what_to_do() {
 fn priors_are_inspected_and_judged() {
     let folder = made();
     let said = succeed(folder, ["inspect", "prior"]);
-    for part in ["4×4 positions", "[16, 16]", "PixelCNN, 2 layers of 8", "circle", "step "] {
+    for part in [
+        "4×4 positions",
+        "[16, 16]",
+        "PixelCNN, 2 layers of 8",
+        "attention     none",
+        "circle",
+        "step ",
+    ] {
         assert!(said.out.contains(part), "`{part}` is missing: {said:?}");
     }
     let inspected = record(folder, &["inspect", "prior/last"]);
@@ -220,6 +304,29 @@ fn priors_are_inspected_and_judged() {
     succeed(folder, ["encode", "--model=run", "--dataset=test", "--out=codes-test"]);
     let judged = record(folder, &["eval", "--model=prior", "--codes=codes-test"]);
     assert_eq!((&judged["images"], &judged["data"]), (&80.into(), &"codes-test".into()));
+    // Without its run, and without the codes that it learned.
+    let alone = tempfile::tempdir().unwrap();
+    crate::support::copy(&folder.join("prior/checkpoints"), &alone.path().join("checkpoints"));
+    crate::support::copy(&folder.join("codes-test"), &alone.path().join("codes-test"));
+    let step = names(&alone.path().join("checkpoints")).pop().unwrap();
+    fs::rename(alone.path().join("checkpoints").join(step), alone.path().join("prior")).unwrap();
+    let again = record(alone.path(), &["eval", "--model=prior", "--codes=codes-test"]);
+    assert_eq!(again["unigram_from"], "training codes");
+    for name in ["bits_per_code", "unigram_bits_per_code"] {
+        assert!((number(&again, name) - number(&judged, name)).abs() < 1e-9, "{again} {judged}");
+    }
+    fail(alone.path(), ["eval", "--model=prior"], &["prior", "--codes", "run's folder"]);
+    fs::remove_file(alone.path().join("prior/unigram.json")).unwrap();
+    let counted = record(alone.path(), &["eval", "--model=prior", "--codes=codes-test"]);
+    assert_eq!(counted["unigram_from"], "judged codes");
+    assert!(number(&counted, "unigram_bits_per_code") <= number(&judged, "unigram_bits_per_code"));
+    let said = succeed(alone.path(), ["eval", "--model=prior", "--codes=codes-test"]);
+    assert!(said.out.contains("frequencies of these codes themselves"), "{said:?}");
+    for flag in ["--split=test", "--out=x", "--data=shapes", "--train-count=3", "--precision=f32"] {
+        let name = flag.split_once('=').unwrap().0;
+        fail(folder, ["eval", "--model=prior", flag], &["is a prior", name, "leave it out"]);
+    }
+
     fail(folder, ["eval", "--model=run", "--codes=codes-test"], &["--codes", "prior"]);
     fail(folder, ["eval", "--model=prior", "--bits-per-dim"], &["is a prior", "--prior"]);
 }

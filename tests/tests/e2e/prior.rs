@@ -83,6 +83,10 @@ fn five_commands_end_in_new_images() {
         "metrics.jsonl",
     ];
     assert_eq!(names(&folder.join("prior")), expected);
+    // Ten samples, a column for each class.
+    let drawn = image::open(folder.join("prior/epoch_2_samples.png")).unwrap();
+    assert_eq!((drawn.width(), drawn.height()), (10 * 18 + 2, 18 + 2));
+    assert!(folder.join("prior/best/unigram.json").is_file());
 
     let model = model();
     let out = tempfile::tempdir().unwrap();
@@ -186,8 +190,17 @@ fn encoding_goes_on_where_it_was_interrupted_and_damage_is_named() {
         ["train-prior", "--model", &model, "--codes", "nowhere"],
         &["nowhere", "vq encode --dataset"],
     );
-    let said = crate::support::run(folder.path(), ["encode", "--dataset=train", "a.png"]);
-    assert_eq!(said.code, Some(2), "{said:?}");
+    for args in [
+        &["encode", "--dataset=train", "a.png"][..],
+        &["encode", "a.png", "--data=shapes"],
+        &["encode", "a.png", "--train-count=5"],
+        &["compress", "a.png", "--data-dir=data"],
+        &["compress", "a.png", "--on-broken=skip"],
+    ] {
+        let said = crate::support::run(folder.path(), args.iter().copied());
+        assert_eq!(said.code, Some(2), "{said:?}");
+        assert!(said.err.contains("cannot be used with"), "{said:?}");
+    }
 }
 
 #[test]
@@ -217,7 +230,72 @@ fn codes_and_priors_of_another_model_are_refused() {
     sample(&["--guidance=nan"], &["guidance"]);
     sample(&["--count=0"], &["--count"]);
     assert!(!folder.join("refused").exists());
-    fail(folder, ["sample", "--model", &model, "--prior", &model], &["unknown field"]);
+    let swapped = ["sample", "--model", &model, "--prior", &model];
+    fail(folder, swapped, &["run", "this is a model", "give a prior"]);
+    for args in [
+        &["sample", "--model=prior", "--prior=prior"][..],
+        &["encode", "--model=prior", "--dataset=test", "--out=refused"],
+        &["train-prior", "--model=prior", "--codes=codes", "--out=refused"],
+    ] {
+        fail(folder, args.iter().copied(), &["prior", "this is a prior", "give the model"]);
+    }
+    assert!(!folder.join("refused").exists());
+}
+
+#[test]
+fn an_earlier_runs_images_do_not_stay() {
+    let prior = with_prior().join("prior").display().to_string();
+    let model = model();
+    let folder = tempfile::tempdir().unwrap();
+    let out = folder.path().join("samples");
+    let mut args = vec!["sample", "--model", &model, "--prior", &prior];
+    args.push("--count=70");
+    let said = succeed(folder.path(), args.iter().copied());
+    assert!(said.out.contains("70 images"), "{said:?}");
+    assert_eq!(names(&out).len(), 71);
+    args[5] = "--count=2";
+    succeed(folder.path(), args.iter().copied());
+    assert_eq!(names(&out), ["00000.png", "00001.png", "grid.png"]);
+    // Somebody else's.
+    fs::remove_file(out.join("grid.png")).unwrap();
+    fail(folder.path(), args.iter().copied(), &["00000.png", "--out", "--overwrite"]);
+    args.push("--overwrite");
+    succeed(folder.path(), args);
+    assert_eq!(names(&out).len(), 3);
+}
+
+#[test]
+fn what_cannot_be_completed_or_guided_is_refused() {
+    let folder = with_prior();
+    let model = model();
+    picture(&folder.join("to-complete.png"), 16, 16);
+    succeed(
+        folder,
+        train_prior(&model, "labelled", &["--set=prior.label_dropout=0", "--epochs=1"]),
+    );
+    let sample = |prior: &str, more: &[&str]| {
+        let mut args = vec!["sample", "--model", &model, "--out=nothing", "--prior", prior];
+        args.extend(more);
+        crate::support::run(folder, args)
+    };
+    let complete = ["--complete=to-complete.png", "--keep=top-half"];
+    for (prior, more, part) in [
+        ("labelled", &["--guidance=2"][..], "label_dropout"),
+        ("labelled", &["--class=none"], "label_dropout"),
+        ("labelled", &complete, "--class"),
+    ] {
+        crate::support::refused(&sample(prior, more), &[part]);
+    }
+    assert!(!folder.join("nothing").exists());
+    let of_a_class = [&complete[..], &["--class=ring", "--count=1"]].concat();
+    assert_eq!(sample("labelled", &of_a_class).code, Some(0));
+    // Without a class the first image is not that of class 0.
+    let first = |more: &[&str]| {
+        let args = [&complete[..], &["--count=1", "--seed=2", "--temperature=3"], more].concat();
+        assert_eq!(sample("prior", &args).code, Some(0));
+        fs::read(folder.join("nothing/00000.png")).unwrap()
+    };
+    assert_eq!(first(&[]), first(&["--class=none"]));
 }
 
 #[test]

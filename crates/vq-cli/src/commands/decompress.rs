@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io::BufReader;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use candle_core::{DType, Tensor};
@@ -10,10 +10,10 @@ use clap::Args;
 use serde_json::json;
 use vq_model::{Codes, VqVae};
 use vq_prior::compress::{Block, Codec, CompressError, CompressedReader};
-use vq_train::{decode, model_hash, resolve_model};
+use vq_train::{decode, model_hash, require_model, resolve_model};
 use vq_viz::{save_png, tensor_to_image};
 
-use super::compress::progress;
+use super::compress::{images_at_once, progress};
 use super::priors;
 use crate::cli::LogFormat;
 use crate::codes_file::CodesFile;
@@ -27,6 +27,7 @@ use crate::{file, images, output};
 /// file, and `NAME_decoded.png`, what the model makes of the codes, from others; and all codes as
 /// `codes.safetensors`. What is damaged or decodes otherwise on this machine is an error, never a picture.
 #[derive(Debug, Args)]
+#[command(mut_arg("precision", |precision| precision.help(PRECISION)))]
 pub(crate) struct DecompressArgs {
     /// A file that `vq compress` wrote.
     #[arg(value_name = "FILE")]
@@ -49,6 +50,10 @@ pub(crate) struct DecompressArgs {
     compute: ComputeArgs,
 }
 
+/// The help of `--precision`: the file's is the default.
+const PRECISION: &str = "f32 or bf16: the format of the factors of the model's convolutions, which must be the one \
+    that the file was compressed with; priors compute in f32 in any case [default: the file's]";
+
 /// Seconds between lines of progress.
 const PAUSE: Duration = Duration::from_secs(2);
 
@@ -62,6 +67,7 @@ pub(crate) fn run(args: &DecompressArgs, format: LogFormat) -> Result<()> {
     let mut reader = open()?;
     let head = reader.head().clone();
     let folder = resolve_model(&args.model)?;
+    require_model(&folder)?;
     let hash = model_hash(&folder)?;
     head.require(&hash, &priors::hashes(&args.prior)?).map_err(named)?;
     // Before anything is written, and before hours of decoding.
@@ -85,7 +91,7 @@ pub(crate) fn run(args: &DecompressArgs, format: LogFormat) -> Result<()> {
     let (start, mut said) = (Instant::now(), Instant::now());
     while let Some(block) = reader.read(&codec, &machine).map_err(named)? {
         file::make_folder(&args.out)?;
-        done += write(&model, &block, paths.get(done..).unwrap_or_default())?;
+        done += write(&model, &block, head.size, paths.get(done..).unwrap_or_default())?;
         all.push(block.codes);
         if said.elapsed() > PAUSE {
             said = Instant::now();
@@ -102,15 +108,18 @@ pub(crate) fn run(args: &DecompressArgs, format: LogFormat) -> Result<()> {
 }
 
 /// Writes a block's images; how many.
-fn write(model: &VqVae, block: &Block, paths: &[PathBuf]) -> Result<usize> {
-    let images: Tensor = match &block.pixels {
-        Some(pixels) => (pixels.to_dtype(DType::F32)? / 255.0)?,
-        None => decode(model, &block.codes)?,
-    };
-    let count = images.dim(0)?;
-    for (index, path) in (0..count).zip(paths) {
-        let path: &Path = path;
-        save_png(&tensor_to_image(&images.get(index)?)?, path)?;
+fn write(model: &VqVae, block: &Block, size: [usize; 2], paths: &[PathBuf]) -> Result<usize> {
+    let count = block.images()?;
+    let at_once = images_at_once(model.config(), size);
+    for (first, paths) in (0..count).step_by(at_once).zip(paths.chunks(at_once)) {
+        let part = at_once.min(count - first);
+        let images: Tensor = match &block.pixels {
+            Some(pixels) => (pixels.narrow(0, first, part)?.to_dtype(DType::F32)? / 255.0)?,
+            None => decode(model, &block.codes.narrow(first, part)?)?,
+        };
+        for (index, path) in (0..part).zip(paths) {
+            save_png(&tensor_to_image(&images.get(index)?)?, path)?;
+        }
     }
     Ok(count)
 }

@@ -12,7 +12,7 @@ use vq_model::{Codes, VqVae};
 use crate::cli::LogFormat;
 use crate::codes_file::{CodesFile, Format};
 use crate::compute::ComputeArgs;
-use crate::data_args::{DataArgs, Split};
+use crate::data_args::{DATA_ARGS, DataArgs, Split};
 use crate::error::Result;
 use crate::images::{self, ImageArgs};
 use crate::output;
@@ -22,7 +22,8 @@ use crate::output;
 /// The folder is what `vq train-prior` learns from: shards of codes and labels, and a manifest. Encoding
 /// that was interrupted goes on after the last whole shard when it is started again.
 #[derive(Debug, Args)]
-#[command(mut_arg("files", |files| files.required(false).required_unless_present("dataset")))]
+#[command(mut_arg("files", |files| files.required(false).required_unless_present("dataset")
+    .conflicts_with_all(DATA_ARGS)))]
 #[command(after_help = "Examples:
   vq encode a.png b.jpg --out codes.safetensors
   vq encode --dataset train --out codes

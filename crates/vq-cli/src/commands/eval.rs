@@ -12,7 +12,7 @@ use vq_train::{
 
 use super::{eval_prior, priors};
 use crate::cli::LogFormat;
-use crate::compute::ComputeArgs;
+use crate::compute::{ComputeArgs, MODEL_PRECISION};
 use crate::data_args::{DataArgs, Split, name_broken, open_for};
 use crate::error::{Error, Result};
 use crate::observers::{save_samples, save_usage};
@@ -21,16 +21,19 @@ use crate::{file, output};
 /// Judge a model on a data set: MSE, PSNR, SSIM, perplexity, codes in use. Or a prior on codes: nats and bits
 /// per code.
 ///
-/// Without --data, on the data that the model's run was trained on.
+/// Without --data, on the data that the model's run was trained on. A prior is judged on codes, so that of the
+/// flags --codes, --batch-size, --device and --threads go with it. It is compared with the frequencies of the codes
+/// that it learned, which are stored with it.
 #[derive(Debug, Args)]
+#[command(mut_arg("precision", |precision| precision.help(MODEL_PRECISION)))]
 pub(crate) struct EvalArgs {
     /// The model, or a prior: a run's folder (its best checkpoint), a checkpoint's or a model's.
     #[arg(long, default_value = "results", value_name = "FOLDER")]
     model: PathBuf,
 
-    /// Which split to judge on.
-    #[arg(long, value_enum, default_value_t = Split::Test)]
-    split: Split,
+    /// Which split to judge a model on [default: test].
+    #[arg(long, value_enum)]
+    split: Option<Split>,
 
     /// Images at a time; does not change the figures.
     #[arg(long, alias = "batch_size", default_value_t = 128, value_name = "N")]
@@ -42,7 +45,7 @@ pub(crate) struct EvalArgs {
     out: Option<PathBuf>,
 
     /// Of a prior: the codes to judge it on, a folder that `vq encode --dataset` wrote [default: those that
-    /// its run held out].
+    /// its run held out]. With it neither the run's folder nor the codes that the prior learned are needed.
     #[arg(long, value_name = "FOLDER")]
     codes: Option<PathBuf>,
 
@@ -67,16 +70,14 @@ pub(crate) struct EvalArgs {
 const SAMPLES: usize = 64;
 
 pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
-    let device = args.compute.start()?;
     let folder = resolve_model(&args.model)?;
-    if is_prior(&folder)? {
-        if args.bits_per_dim {
-            return Err(Error::other(format!(
-                "{} is a prior: give the model (--model) and the prior beside it (--prior)",
-                folder.display()
-            )));
-        }
-        let (codes, batch_size) = (args.codes.as_ref(), args.batch_size);
+    let is_prior = is_prior(&folder);
+    if is_prior {
+        args.check_for_prior(&folder)?;
+    }
+    let device = args.compute.start()?;
+    if is_prior {
+        let (codes, batch_size) = (args.codes.as_deref(), args.batch_size);
         return eval_prior::run(&folder, codes, batch_size, &device, format);
     }
     if args.codes.is_some() {
@@ -84,7 +85,7 @@ pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
     }
     let model = args.compute.load(&folder, &device)?;
     let splits = open_for(&model, &folder, &args.data, format)?;
-    let dataset = args.split.of(&splits);
+    let dataset = args.split.unwrap_or(Split::Test).of(&splits);
     let priors = priors::load_any(&args.prior, &model, &model_hash(&folder)?, &device)?;
     if args.bits_per_dim && model.config().pixel_distribution().is_none() {
         return Err(vq_model::Error::NoLikelihood.into());
@@ -133,6 +134,31 @@ pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
         );
     }
     output::result(format, text, &Value::Object(record))
+}
+
+impl EvalArgs {
+    /// Refuses what has no meaning for the prior in `folder`, which is judged on codes.
+    fn check_for_prior(&self, folder: &Path) -> Result<()> {
+        let folder = folder.display();
+        if self.bits_per_dim {
+            return Err(Error::other(format!(
+                "{folder} is a prior: give the model (--model) and the prior beside it (--prior)"
+            )));
+        }
+        let flags = [
+            ("--split", self.split.is_some()),
+            ("--out", self.out.is_some()),
+            ("--precision", self.compute.precision.is_some()),
+        ];
+        let flag = flags.iter().find(|(_, is_given)| *is_given).map(|(flag, _)| *flag);
+        match flag.or(self.data.given()) {
+            None => Ok(()),
+            Some(flag) => Err(Error::other(format!(
+                "{folder} is a prior, which is judged on codes (--codes, or those that its run held out): \
+                 {flag} is for judging a model, leave it out"
+            ))),
+        }
+    }
 }
 
 fn pictures(out: &Path, evaluation: &Evaluation) -> Result<()> {

@@ -30,7 +30,7 @@ pub(crate) fn run(args: &InspectArgs, format: LogFormat) -> Result<()> {
     let folder = resolve_model(&args.model)?;
     let progress =
         if folder.join(TRAINING_FILE).is_file() { Some(read_progress(&folder)?) } else { None };
-    if is_prior(&folder)? {
+    if is_prior(&folder) {
         return inspect_prior::run(&folder, progress.as_ref(), format);
     }
     let model = VqVae::from_pretrained(&folder, &Device::Cpu)?;

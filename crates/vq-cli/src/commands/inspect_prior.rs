@@ -4,7 +4,7 @@ use std::path::Path;
 
 use candle_core::Device;
 use serde_json::json;
-use vq_prior::{Network, Prior};
+use vq_prior::{Config, Network, Prior};
 use vq_train::Progress;
 
 use super::inspect::{count, state, training};
@@ -44,10 +44,11 @@ pub(super) fn run(folder: &Path, progress: Option<&Progress>, format: LogFormat)
             network.layers, network.channels, network.skip_channels
         ),
         Network::Transformer(network) => format!(
-            "network       Transformer, {} layers of {} channels, {} heads",
-            network.layers, network.channels, network.heads
+            "network       Transformer, {} layers of {} channels",
+            network.layers, network.channels
         ),
     })?;
+    output::line(format!("attention     {}", attention(config)))?;
     output::line(format!("model         {}", config.tokenizer))?;
     output::line(format!("parameters    {}", count(prior.parameters())))?;
     if config.class_count > 0 {
@@ -57,5 +58,40 @@ pub(super) fn run(folder: &Path, progress: Option<&Progress>, format: LogFormat)
     match progress {
         Some(progress) => training(progress),
         None => output::line("training      no training state: a prior to use, not to resume"),
+    }
+}
+
+/// Where the prior attends, and with how many heads.
+fn attention(config: &Config) -> String {
+    let own = match &config.network {
+        Network::Transformer(network) => format!("in every layer, {} heads", network.heads),
+        Network::PixelCnn(network) if network.has_attention() => {
+            format!("after every {} layers, {} heads", network.attention_every, network.heads)
+        }
+        Network::PixelCnn(_) => "none".to_owned(),
+    };
+    if config.conditioning.is_empty() {
+        return own;
+    }
+    format!("{own}; over the levels above, {} heads", config.conditioner.heads)
+}
+
+#[cfg(test)]
+mod tests {
+    use vq_prior::{GridConfig, PixelCnnConfig};
+
+    use super::*;
+
+    #[test]
+    fn attention_is_named() {
+        let mut config = Config::default();
+        assert_eq!(attention(&config), "none");
+        let network = PixelCnnConfig { attention_every: 5, ..PixelCnnConfig::default() };
+        config.network = Network::PixelCnn(network);
+        config.conditioning = vec![GridConfig { grid: [2, 2], codebook_sizes: vec![8] }];
+        assert_eq!(
+            attention(&config),
+            "after every 5 layers, 4 heads; over the levels above, 4 heads"
+        );
     }
 }

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use candle_core::Device;
 use vq_model::VqVae;
 use vq_prior::Prior;
-use vq_train::{load_prior, model_hash, resolve_model};
+use vq_train::{load_prior, model_hash, require_prior, resolve_model};
 
 use crate::error::{Error, Result};
 
@@ -32,9 +32,13 @@ pub(super) fn load_any(
     if paths.is_empty() { Ok(Vec::new()) } else { load(paths, model, hash, device) }
 }
 
-/// The hash of each.
+/// The hash of each. A model among them is refused.
 pub(super) fn hashes(paths: &[PathBuf]) -> Result<Vec<String>> {
-    let hash = |path: &PathBuf| Ok(model_hash(resolve_model(path)?)?);
+    let hash = |path: &PathBuf| {
+        let folder = resolve_model(path)?;
+        require_prior(&folder)?;
+        Ok(model_hash(folder)?)
+    };
     paths.iter().map(hash).collect()
 }
 

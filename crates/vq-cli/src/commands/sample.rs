@@ -1,29 +1,35 @@
 //! `vq sample`
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
 
 use candle_core::{Device, Tensor};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use serde_json::json;
-use vq_data::picture;
-use vq_model::{Codes, Stream, VqVae};
+use vq_model::{Codes, Stream};
 use vq_prior::{Completion, Conditions, Prior, SampleOptions};
 use vq_train::{decode, model_hash, resolve_model};
 use vq_viz::{image_grid, save_png, tensor_to_image};
 
-use super::encode::encode;
+use super::compress::progress;
 use super::priors;
+use super::sample_folder::SampleFolder;
+use super::sample_keep::{Keep, given};
 use crate::cli::LogFormat;
 use crate::compute::ComputeArgs;
 use crate::error::{Error, Result};
-use crate::images::{self, Picture};
-use crate::observers::{GRID_COLUMNS, GRID_PADDING};
-use crate::{file, output};
+use crate::observers::{GRID_COLUMNS, GRID_PADDING, class_columns};
+use crate::output;
 
 /// Draw new images: codes from a prior, decoded by the model.
 ///
-/// Writes `grid.png` and every image by itself, `00000.png` and so on. The same seed draws the same images.
+/// Writes every image by itself, `00000.png` and so on, as it is finished, and `grid.png`, in which the classes of a
+/// prior with up to 16 of them stand in a column each. The same seed draws the same images.
+///
+/// Of an earlier run in the same folder, which its `grid.png` tells, all images are removed first. Images of such
+/// names without a `grid.png` are refused, unless --overwrite is given.
 #[derive(Debug, Args)]
+#[command(mut_arg("precision", |precision| precision.help(PRECISION)))]
 #[command(after_help = "Examples:
   vq sample --model results --prior results-prior --count 40 --out samples
   vq sample --model results --prior results-prior --class heart --guidance 2
@@ -44,7 +50,7 @@ pub(crate) struct SampleArgs {
     count: usize,
 
     /// Draw images of this class: its name or number, or `none` for no class in particular [default: all
-    /// classes in turn].
+    /// classes in turn, or with --complete none].
     #[arg(long, value_name = "CLASS")]
     class: Option<String>,
 
@@ -60,7 +66,8 @@ pub(crate) struct SampleArgs {
     #[arg(long, default_value_t = 1.0, value_name = "P")]
     top_p: f64,
 
-    /// Above 1, stress what tells the class from the others (classifier-free guidance); twice the work.
+    /// Above 1, stress what tells the class from the others (classifier-free guidance); twice the work. The
+    /// prior must have been trained with some of its labels dropped (`prior.label_dropout`).
     #[arg(long, default_value_t = 1.0, value_name = "S")]
     guidance: f64,
 
@@ -69,12 +76,14 @@ pub(crate) struct SampleArgs {
     seed: u64,
 
     /// Complete this image instead of drawing whole ones. Of the kept part the codes are kept: what is
-    /// written is what the model makes of them.
+    /// written is what the model makes of them. The encoder sees the whole image, so that kept codes next to
+    /// the other part may tell a little of what stood there.
     #[arg(long, value_name = "IMAGE", requires = "keep")]
     complete: Option<PathBuf>,
 
-    /// What of the image to keep. Codes are drawn row by row, and each given those before it: what is kept
-    /// below or to the right does not tell of itself.
+    /// What of the image to keep, in whole codes: a part that is none or all of them at any level is refused.
+    /// Codes are drawn row by row, and each given those before it: what is kept below or to the right does not
+    /// tell of itself.
     #[arg(long, value_enum, value_name = "PART", requires = "complete")]
     keep: Option<Keep>,
 
@@ -82,64 +91,76 @@ pub(crate) struct SampleArgs {
     #[arg(long, default_value = "samples", value_name = "FOLDER")]
     out: PathBuf,
 
+    /// Replace images of such names in --out, whoever made them.
+    #[arg(long)]
+    overwrite: bool,
+
     #[command(flatten)]
     compute: ComputeArgs,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Keep {
-    TopHalf,
-    TopQuarter,
-    LeftHalf,
-    LeftQuarter,
-    BottomHalf,
-    RightHalf,
-}
+/// What `--precision` reaches.
+const PRECISION: &str = "f32 or bf16: the format of the factors of the convolutions of the tokenizer that decodes \
+    pictures (and encodes that of --complete); priors compute in f32 in any case [default: f32]";
 
 /// Images that are drawn at a time; memory, not the result, depends on it.
 const BATCH: usize = 64;
-/// More classes than that do not get a column each.
-const MOST_COLUMNS: usize = 16;
+/// Seconds between lines of progress.
+const PAUSE: Duration = Duration::from_secs(2);
 
 pub(crate) fn run(args: &SampleArgs, format: LogFormat) -> Result<()> {
     args.options(0, 0).validate()?;
     if args.count == 0 {
         return Err(Error::other("there is nothing to draw: --count must be at least 1"));
     }
+    let out = SampleFolder::new(&args.out, args.overwrite)?;
     let device = args.compute.start()?;
     let folder = resolve_model(&args.model)?;
     let model = args.compute.load(&folder, &device)?;
     let hash = model_hash(&folder)?;
     let priors = priors::load(&args.prior, &model, &hash, &device)?;
     let labels = args.labels(&priors)?;
-    let stresses_classes = (args.guidance - 1.0).abs() > 0.0;
-    if stresses_classes && priors.iter().any(|prior| prior.config().class_count == 0) {
-        return Err(Error::other("the prior was trained without classes: leave out --guidance"));
-    }
+    args.check_guidance(&priors)?;
     let given = match (&args.complete, args.keep) {
-        (Some(path), Some(keep)) => Some((given(path, &model, &device)?, keep)),
+        (Some(path), Some(keep)) => {
+            keep.check(&priors)?;
+            Some((given(path, &model, &device)?, keep))
+        }
         _ => None,
     };
-    file::make_folder(&args.out)?;
+    let columns = match priors.first() {
+        Some(prior) if args.class.is_none() && given.is_none() => {
+            class_columns(prior.config().class_count)
+        }
+        _ => GRID_COLUMNS,
+    };
+    let grid = |images: &Tensor| -> Result<()> {
+        Ok(save_png(&image_grid(images, columns, GRID_PADDING)?, &out.grid())?)
+    };
+    out.start()?;
     let mut all = Vec::new();
+    let (start, mut said) = (Instant::now(), Instant::now());
     for first in (0..args.count).step_by(BATCH) {
         let count = BATCH.min(args.count - first);
         let labels = labels.as_ref().and_then(|labels| labels.get(first..first + count));
         let codes = args.draw(&priors, first, count, labels, given.as_ref())?;
-        all.push(decode(&model, &codes)?);
+        let images = decode(&model, &codes)?;
+        for index in 0..count {
+            save_png(&tensor_to_image(&images.get(index)?)?, &out.image(first + index))?;
+        }
+        if first == 0 && count < args.count {
+            // Something to look at, and what tells the next run whose images these are.
+            grid(&images)?;
+        }
+        all.push(images);
+        if said.elapsed() > PAUSE {
+            said = Instant::now();
+            progress("sample", (first + count, args.count), start, format)?;
+        }
     }
-    let images = Tensor::cat(&all, 0)?;
-    for index in 0..args.count {
-        let path = args.out.join(format!("{index:05}.png"));
-        save_png(&tensor_to_image(&images.get(index)?)?, &path)?;
-    }
-    let classes = priors.first().map_or(0, |prior| prior.config().class_count);
-    let by_class = args.class.is_none() && (2..=MOST_COLUMNS).contains(&classes);
-    let columns = if by_class { classes } else { GRID_COLUMNS };
-    let grid = args.out.join("grid.png");
-    save_png(&image_grid(&images, columns, GRID_PADDING)?, &grid)?;
-    let text = format!("{}  {} images", grid.display(), args.count);
-    let record = json!({ "event": "sampled", "path": grid, "images": args.count, "labels": labels,
+    grid(&Tensor::cat(&all, 0)?)?;
+    let text = format!("{}  {} images", out.grid().display(), args.count);
+    let record = json!({ "event": "sampled", "path": out.grid(), "images": args.count, "labels": labels,
         "seed": args.seed });
     output::result(format, text, &record)
 }
@@ -159,9 +180,11 @@ impl SampleArgs {
             };
         }
         let label = match self.class.as_deref() {
-            None => {
+            None if self.complete.is_none() => {
                 return Ok(Some((0..self.count).map(|image| (image % classes) as u32).collect()));
             }
+            // Nothing says of which class the given image is.
+            None => classes,
             Some(name) => {
                 let named = config.class_names.iter().position(|class| class == name);
                 let numbered = || name.parse().ok().filter(|&number: &usize| number < classes);
@@ -175,7 +198,29 @@ impl SampleArgs {
                 })?
             }
         };
+        if label == classes && !drops_labels(priors) {
+            return Err(Error::other(
+                "the prior was trained with prior.label_dropout = 0 and has not learned to draw without a class: \
+                 say which (--class)",
+            ));
+        }
         Ok(Some(vec![label as u32; self.count]))
+    }
+
+    /// Guidance needs what the prior gives without a class.
+    fn check_guidance(&self, priors: &[Prior]) -> Result<()> {
+        if (self.guidance - 1.0).abs() <= 0.0 {
+            return Ok(());
+        }
+        let problem = if priors.iter().any(|prior| prior.config().class_count == 0) {
+            "the prior was trained without classes: leave out --guidance"
+        } else if !drops_labels(priors) {
+            "the prior was trained with prior.label_dropout = 0 and has not learned to draw without a class, which \
+             guidance compares with: leave out --guidance, or train a prior with label_dropout = 0.1"
+        } else {
+            return Ok(());
+        };
+        Err(Error::other(problem))
     }
 
     /// For images from number `first` on, at the level `index` from the top.
@@ -231,29 +276,9 @@ impl SampleArgs {
     }
 }
 
-/// The codes of the image to complete, in the size that the priors are for.
-fn given(path: &Path, model: &VqVae, device: &Device) -> Result<Codes> {
-    let image = picture::fit(&picture::load(path)?, model.config().image_size);
-    let dataset = images::dataset(&[Picture { path: path.to_owned(), image }])?;
-    let codes = encode(model, dataset, device)?;
-    let levels = codes.levels.iter().map(|level| level.to_device(&Device::Cpu));
-    Ok(Codes { levels: levels.collect::<candle_core::Result<_>>()? })
-}
-
-impl Keep {
-    /// u8 `[h,w]`, 1 where codes are kept.
-    fn mask(self, [h, w]: [usize; 2]) -> Result<Tensor> {
-        let kept = |row: usize, column: usize| match self {
-            Self::TopHalf => row < h / 2,
-            Self::TopQuarter => row < h / 4,
-            Self::LeftHalf => column < w / 2,
-            Self::LeftQuarter => column < w / 4,
-            Self::BottomHalf => row >= h / 2,
-            Self::RightHalf => column >= w / 2,
-        };
-        let mask = (0..h * w).map(|place| u8::from(kept(place / w, place % w))).collect();
-        Ok(Tensor::from_vec(mask, (h, w), &Device::Cpu)?)
-    }
+/// Whether all priors were trained without a class now and then.
+fn drops_labels(priors: &[Prior]) -> bool {
+    priors.iter().all(|prior| prior.config().label_dropout > 0.0)
 }
 
 #[cfg(test)]
@@ -313,13 +338,31 @@ mod tests {
     }
 
     #[test]
-    fn what_is_kept_is_where_its_name_says() {
-        let mask = |keep: Keep| keep.mask([2, 4]).unwrap().to_vec2::<u8>().unwrap();
-        assert_eq!(mask(Keep::TopHalf), [[1, 1, 1, 1], [0, 0, 0, 0]]);
-        assert_eq!(mask(Keep::BottomHalf), [[0, 0, 0, 0], [1, 1, 1, 1]]);
-        assert_eq!(mask(Keep::LeftHalf), [[1, 1, 0, 0], [1, 1, 0, 0]]);
-        assert_eq!(mask(Keep::RightHalf), [[0, 0, 1, 1], [0, 0, 1, 1]]);
-        assert_eq!(mask(Keep::LeftQuarter), [[1, 0, 0, 0], [1, 0, 0, 0]]);
-        assert_eq!(mask(Keep::TopQuarter), [[0, 0, 0, 0], [0, 0, 0, 0]]);
+    fn completion_tells_no_class() {
+        let three = [prior(3)];
+        let complete = ["--complete=a.png", "--keep=top-half", "--count=2"];
+        assert_eq!(args(&complete).labels(&three).unwrap().unwrap(), [3; 2]);
+        let of_one = [&complete[..], &["--class=1"]].concat();
+        assert_eq!(args(&of_one).labels(&three).unwrap().unwrap(), [1; 2]);
+        assert_eq!(args(&complete).labels(&[prior(0)]).unwrap(), None);
+    }
+
+    #[test]
+    fn priors_that_never_missed_a_class_cannot_do_without() {
+        let config = Config { label_dropout: 0.0, ..prior(3).config().clone() };
+        let always = [Prior::new(&config, 0, &Device::Cpu).unwrap()];
+        let complete = ["--complete=a.png", "--keep=top-half"];
+        for more in [&["--class=none"][..], &complete] {
+            let error = args(more).labels(&always).unwrap_err().to_string();
+            assert!(error.contains("label_dropout") && error.contains("--class"), "{error}");
+        }
+        args(&["--class=1"]).labels(&always).unwrap();
+        args(&[]).check_guidance(&always).unwrap();
+        let guided = args(&["--guidance=2"]);
+        let error = guided.check_guidance(&always).unwrap_err().to_string();
+        assert!(error.contains("label_dropout") && error.contains("--guidance"), "{error}");
+        guided.check_guidance(&[prior(3)]).unwrap();
+        let error = guided.check_guidance(&[prior(0)]).unwrap_err().to_string();
+        assert!(error.contains("without classes"), "{error}");
     }
 }

@@ -19,8 +19,8 @@ use crate::{output, recipes};
 /// Train a prior over a model's codes, to draw new images from (see `vq sample`).
 ///
 /// Reads the codes that `vq encode --dataset train` wrote. Writes into the run folder (--out):
-/// `config.toml`, `metrics.jsonl`, `epoch_N_samples.png` (new images, column by column of the classes in
-/// turn), `curves.svg`, and checkpoints, with the links `last` and `best`.
+/// `config.toml`, `metrics.jsonl`, `epoch_N_samples.png` (new images; of a top prior with up to 16 classes a
+/// column of each), `curves.svg`, and checkpoints, with the links `last` and `best`.
 ///
 /// A model of several levels needs a prior for each: a top prior, and for every level below one that sees
 /// the whole grids of those above (--level).
@@ -29,6 +29,7 @@ use crate::{output, recipes};
 /// --resume; a second one ends at once.
 #[derive(Debug, Args)]
 #[command(mut_arg("config", |config| config.help(CONFIG)))]
+#[command(mut_arg("precision", |precision| precision.help(PRECISION)))]
 #[command(mut_arg("out", |out| out.default_value("results-prior")))]
 #[command(after_help = "Examples:
   vq train-prior --model results --codes codes
@@ -48,7 +49,8 @@ pub(crate) struct TrainPriorArgs {
     #[arg(long, value_name = "FOLDER")]
     codes: Option<PathBuf>,
 
-    /// Codes to judge by, of `vq encode --dataset test` [default: the last tenth of --codes].
+    /// Codes to judge by, of `vq encode --dataset test` [default: a tenth of --codes, images drawn from all
+    /// of them, the same ones in every run].
     #[arg(long, value_name = "FOLDER")]
     held_out: Option<PathBuf>,
 
@@ -70,6 +72,10 @@ pub(crate) struct TrainPriorArgs {
 /// Where the default is not simply that of the recipe.
 const CONFIG: &str = "A recipe: a TOML file or the name of an embedded one (see `vq configs`) [default: that of \
     the --kind, prior-pixelcnn or prior-transformer]";
+
+/// What it reaches.
+const PRECISION: &str = "f32 or bf16: the format of the factors of the convolutions of the tokenizer that decodes \
+    the pictures of new images; the prior is trained in f32 in any case [default: f32]";
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Kind {
@@ -99,7 +105,8 @@ pub(crate) fn run(args: &TrainPriorArgs, format: LogFormat) -> Result<ExitCode> 
     describe(&recipe, &task, &device, format)?;
     let train = recipe.train.resolve();
     let watch = Watch { format, stop: &stop, subject: Subject::Prior };
-    let mut trainer = training::trainer(task, &train, &run, PriorPictures::new(&run), watch)?;
+    let pictures = PriorPictures::new(&run, task.prior().config());
+    let mut trainer = training::trainer(task, &train, &run, pictures, watch)?;
     if args.run.resume {
         trainer.resume()?;
         recipe.save(&run.recipe_file())?;

@@ -5,17 +5,25 @@ use std::path::PathBuf;
 use vq_train::{EpochRecord, Event, Observer, RunFolder};
 use vq_viz::{Panel, Series, image_grid, save_curves, save_png};
 
+use super::class_columns;
 use super::pictures::{GRID_COLUMNS, GRID_PADDING};
 use crate::error::{Error, Result};
 
 /// After every evaluation `epoch_N_samples.png`; when the run ends, `curves.svg`.
 pub(crate) struct PriorPictures {
     folder: PathBuf,
+    columns: usize,
 }
 
 impl PriorPictures {
-    pub(crate) fn new(run: &RunFolder) -> Self {
-        Self { folder: run.path().to_owned() }
+    /// A top prior draws its classes in turn, and each gets a column; those of a prior below are the classes of
+    /// the held-out images whose codes it is given.
+    pub(crate) fn new(run: &RunFolder, config: &vq_prior::Config) -> Self {
+        let columns = match config.conditioning[..] {
+            [] => class_columns(config.class_count),
+            _ => GRID_COLUMNS,
+        };
+        Self { folder: run.path().to_owned(), columns }
     }
 
     fn look(&self, event: &Event<'_>) -> Result<()> {
@@ -24,7 +32,7 @@ impl PriorPictures {
                 let drawn = epoch.evaluation.and_then(|evaluation| evaluation.drawn.as_ref());
                 let Some(drawn) = drawn else { return Ok(()) };
                 let file = format!("epoch_{}_samples.png", epoch.record.epoch);
-                let grid = image_grid(drawn, GRID_COLUMNS, GRID_PADDING)?;
+                let grid = image_grid(drawn, self.columns, GRID_PADDING)?;
                 Ok(save_png(&grid, &self.folder.join(file))?)
             }
             Event::RunFinished(ended) | Event::RunInterrupted(ended) => self.curves(ended.history),

@@ -1,9 +1,7 @@
 //! Reading the codes of any image.
 
 use std::fs::File;
-use std::io::{Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
 use super::pack::Layout;
 use super::{CodesManifest, shard, shard_path};
@@ -15,8 +13,12 @@ pub struct CodesFolder {
     path: PathBuf,
     manifest: CodesManifest,
     layout: Layout,
-    shards: Vec<Mutex<File>>,
+    /// The first shards; the others are opened to be read.
+    open: Vec<File>,
 }
+
+/// Shards that are held open: of the usual thousands of images each, far more than a data set has.
+pub(super) const MOST_OPEN: usize = 64;
 
 /// The codes of one image.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -34,12 +36,15 @@ impl CodesFolder {
         let path = path.as_ref().to_path_buf();
         let manifest = CodesManifest::load(&path)?;
         let layout = Layout::new(&manifest);
-        let open = |index: usize| {
+        let mut open = Vec::new();
+        for index in 0..manifest.shards() {
             let images = manifest.images_in(index);
-            shard::open(&shard_path(&path, index), images, layout.record_bytes()).map(Mutex::new)
-        };
-        let shards = (0..manifest.shards()).map(open).collect::<Result<_, _>>()?;
-        Ok(Self { path, manifest, layout, shards })
+            let file = shard::open(&shard_path(&path, index), images, layout.record_bytes())?;
+            if index < MOST_OPEN {
+                open.push(file);
+            }
+        }
+        Ok(Self { path, manifest, layout, open })
     }
 
     /// The folder.
@@ -62,26 +67,32 @@ impl CodesFolder {
         self.len() == 0
     }
 
-    /// The codes of image `index`, from any thread.
+    /// The codes of image `index`, from any thread; threads do not wait for each other.
     pub fn read(&self, index: usize) -> Result<ImageCodes, Error> {
-        let shard = index / self.manifest.images_per_shard;
-        let (Some(file), true) = (self.shards.get(shard), index < self.len()) else {
+        if index >= self.len() {
             let problem = format!("has {} images: there is none of index {index}", self.len());
             return Err(Error::codes(&self.path, problem));
-        };
+        }
+        let shard = index / self.manifest.images_per_shard;
         let size = self.layout.record_bytes();
         let first = shard::HEAD + index % self.manifest.images_per_shard * size;
         let mut record = vec![0; size];
         let path = shard_path(&self.path, shard);
-        {
-            // A thread that panicked left nothing half done: every read begins with a seek.
-            let mut file = file.lock().unwrap_or_else(PoisonError::into_inner);
-            file.seek(SeekFrom::Start(first as u64)).map_err(Error::io(&path))?;
-            file.read_exact(&mut record).map_err(Error::io(&path))?;
+        let read = |file: &File, record: &mut [u8]| shard::read_at(file, record, first as u64);
+        match self.open.get(shard) {
+            Some(file) => read(file, &mut record),
+            None => File::open(&path).and_then(|file| read(&file, &mut record)),
         }
+        .map_err(Error::io(&path))?;
         let (label, levels) = self.layout.unpack(&record).ok_or_else(|| {
             Error::codes(&path, "was changed while it was in use: open the codes again")
         })?;
         Ok(ImageCodes { label, levels })
+    }
+
+    /// The number of files that are held open.
+    #[cfg(test)]
+    pub(super) fn open_files(&self) -> usize {
+        self.open.len()
     }
 }

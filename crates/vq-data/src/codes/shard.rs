@@ -1,7 +1,7 @@
 //! One file of codes: a head, the records, a checksum.
 
 use std::fs::File;
-use std::io::{Read, Write};
+use std::io::{self, Read, Write};
 use std::path::Path;
 
 use crate::Error;
@@ -67,6 +67,35 @@ pub(super) fn open(path: &Path, images: usize, record: usize) -> Result<File, Er
         return Err(damaged("does not match its checksum, so it is damaged"));
     }
     Ok(file)
+}
+
+/// Fills `out` from byte `first` of a file on, wherever other threads read it.
+#[cfg(unix)]
+pub(super) fn read_at(file: &File, out: &mut [u8], first: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, out, first)
+}
+
+/// Fills `out` from byte `first` of a file on, wherever other threads read it.
+#[cfg(windows)]
+pub(super) fn read_at(file: &File, mut out: &mut [u8], mut first: u64) -> io::Result<()> {
+    while !out.is_empty() {
+        match std::os::windows::fs::FileExt::seek_read(file, out, first) {
+            Ok(0) => return Err(io::ErrorKind::UnexpectedEof.into()),
+            Ok(count) => {
+                out = out.split_at_mut(count.min(out.len())).1;
+                first += count as u64;
+            }
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}
+
+/// Other systems have no positioned reads in the standard library.
+#[cfg(not(any(unix, windows)))]
+pub(super) fn read_at(_: &File, _: &mut [u8], _: u64) -> io::Result<()> {
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 fn head(images: usize, record: usize) -> [u8; HEAD] {

@@ -59,6 +59,30 @@ fn any_image_reads_back() {
 }
 
 #[test]
+fn threads_share_shards_of_which_few_are_open() {
+    let folder = tempfile::tempdir().unwrap();
+    let images = reader::MOST_OPEN + 10;
+    write(folder.path(), images, 1);
+    let open = CodesFolder::open(folder.path()).unwrap();
+    assert_eq!((open.manifest().shards(), open.open_files()), (images, reader::MOST_OPEN));
+    let few = tempfile::tempdir().unwrap();
+    write(few.path(), images, 50);
+    let few = CodesFolder::open(few.path()).unwrap();
+    assert_eq!(few.open_files(), 2);
+    std::thread::scope(|scope| {
+        for thread in 0..4 {
+            let (open, few) = (&open, &few);
+            scope.spawn(move || {
+                for image in (0..images).map(|image| (image * 7 + thread * 13) % images) {
+                    assert_eq!(open.read(image).unwrap(), codes(image));
+                    assert_eq!(few.read(image).unwrap(), codes(image));
+                }
+            });
+        }
+    });
+}
+
+#[test]
 fn an_interrupted_writer_goes_on_after_the_last_whole_shard() {
     let folder = tempfile::tempdir().unwrap();
     let mut writer = CodesWriter::open(folder.path(), manifest(10, 4)).unwrap();

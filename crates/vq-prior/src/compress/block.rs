@@ -16,7 +16,12 @@ pub struct Codec<'a> {
     model: &'a VqVae,
     priors: &'a [Prior],
     lossless: bool,
+    most_parameters: usize,
 }
+
+/// Numbers of the pixels' distributions that the decoder gives in one call, at most: 256 MiB of f32. Images run
+/// through it in parts of so many. Part of the format: another number of images at a time may round otherwise.
+const MOST_PARAMETERS: usize = 1 << 26;
 
 /// A batch of images.
 #[derive(Clone, Debug)]
@@ -75,7 +80,13 @@ impl<'a> Codec<'a> {
                 format!("{levels} prior(s), one for each level, or none: got {}", priors.len());
             return Err(CompressError::Input(problem));
         }
-        Ok(Self { model, priors, lossless })
+        Ok(Self { model, priors, lossless, most_parameters: MOST_PARAMETERS })
+    }
+
+    /// With another bound on what the decoder gives in one call.
+    #[cfg(test)]
+    pub(super) fn with_most_parameters(self, most_parameters: usize) -> Self {
+        Self { most_parameters, ..self }
     }
 
     /// Whether the pixels are in it too.
@@ -94,9 +105,10 @@ impl<'a> Codec<'a> {
         for (prior, grid) in self.priors.iter().zip(grids.iter().rev()) {
             if prior.config().grid != *grid {
                 let [h, w] = self.model.config().image_size;
+                let advice = if self.lossless { "" } else { "scale them (--size), or " };
                 return Err(CompressError::Input(format!(
-                    "the priors are for images of {w}×{h} pixels, got {width}×{height}: scale them (--size), or \
-                     leave out the priors"
+                    "the priors are for images of {w}×{h} pixels, got {width}×{height}: {advice}leave out the \
+                     priors (--prior)"
                 )));
             }
         }
@@ -187,18 +199,25 @@ impl<'a> Codec<'a> {
         let Some(distribution) = config.pixel_distribution() else {
             return Err(vq_model::Error::NoLikelihood.into());
         };
-        let params = self.model.decode_parameters(codes)?;
-        let (b, h, w, size) = params.dims4()?;
-        let (area, channels) = (h * w, config.channels);
+        let images = codes.batch_size()?;
+        let (area, channels) = (pixels.len() / images.max(1) / config.channels, config.channels);
+        // Writing and reading take the same number at a time.
+        let at_once = (self.most_parameters / (area * distribution.parameters(channels))).max(1);
         let mut bits = 0.0;
-        for (image, pixels) in (0..b).zip(pixels.chunks_mut(area * channels)) {
-            let params = params.get(image)?.flatten_all()?.to_vec1::<f32>()?;
-            for (position, params) in params.chunks(size).enumerate() {
-                let mut here: Vec<u8> =
-                    pixels.iter().skip(position).step_by(area).copied().collect();
-                bits += code_position(coder, distribution, params, &mut here)?;
-                for (to, from) in pixels.iter_mut().skip(position).step_by(area).zip(here) {
-                    *to = from;
+        let batches = (0..images).step_by(at_once);
+        for (first, pixels) in batches.zip(pixels.chunks_mut(at_once * area * channels)) {
+            let count = at_once.min(images - first);
+            let params = self.model.decode_parameters(&codes.narrow(first, count)?)?;
+            let size = params.dim(3)?;
+            for (image, pixels) in (0..count).zip(pixels.chunks_mut(area * channels)) {
+                let params = params.get(image)?.flatten_all()?.to_vec1::<f32>()?;
+                for (position, params) in params.chunks(size).enumerate() {
+                    let mut here: Vec<u8> =
+                        pixels.iter().skip(position).step_by(area).copied().collect();
+                    bits += code_position(coder, distribution, params, &mut here)?;
+                    for (to, from) in pixels.iter_mut().skip(position).step_by(area).zip(here) {
+                        *to = from;
+                    }
                 }
             }
         }

@@ -44,8 +44,9 @@ pub enum CompressError {
     /// The bytes are those that were written, and this machine reads something else into them.
     #[error(
         "block {block} decodes to other images than were compressed, so this machine computes otherwise than \
-         the one that did ({theirs}; here {ours}): decompress it with the same kernels (VQ_CPU, --device, \
-         --precision)"
+         the one that did ({}): decompress it with the same program, device and kernels (--device, --strict-f32, \
+         --precision, VQ_CPU)",
+        difference(theirs, ours)
     )]
     OtherMachine {
         /// The block, from 0.
@@ -77,8 +78,41 @@ pub enum CompressError {
     Io(#[from] std::io::Error),
 }
 
+/// The parts that differ between two descriptions of what is computed with.
+fn difference(theirs: &str, ours: &str) -> String {
+    let parts = |text: &str, other: &str| {
+        let others: Vec<&str> = other.split("; ").collect();
+        let differ: Vec<&str> = text.split("; ").filter(|part| !others.contains(part)).collect();
+        if differ.is_empty() { "nothing more".to_owned() } else { differ.join(", ") }
+    };
+    if theirs == ours {
+        return format!("both are {ours}, as far as they tell");
+    }
+    format!("there {}, here {}", parts(theirs, ours), parts(ours, theirs))
+}
+
 impl CompressError {
     pub(super) fn damaged(what: impl Into<String>) -> Self {
         Self::Damaged { what: what.into() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_differs_is_named() {
+        for (theirs, ours, expected) in [
+            ("vq 1; cpu avx512", "vq 1; cpu portable", "there cpu avx512, here cpu portable"),
+            ("vq 1; cpu avx512", "vq 2; cpu avx512", "there vq 1, here vq 2"),
+            ("vq 1; cuda A; TF32", "vq 1; cuda A; strict f32", "there TF32, here strict f32"),
+            ("cpu avx512", "vq 2; cpu avx512", "there nothing more, here vq 2"),
+            ("vq 1; metal", "vq 1; metal", "both are vq 1; metal, as far as they tell"),
+        ] {
+            let (theirs, ours) = (theirs.to_owned(), ours.to_owned());
+            let error = CompressError::OtherMachine { block: 0, theirs, ours }.to_string();
+            assert!(error.contains(&format!("({expected})")), "{error}");
+        }
     }
 }

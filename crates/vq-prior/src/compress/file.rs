@@ -32,7 +32,8 @@ pub struct CompressedHead {
     pub model: String,
     /// Hashes of the priors, the top level's first; none where all codes were taken as equally probable.
     pub priors: Vec<String>,
-    /// What the networks were computed with, e.g. `cpu avx512`.
+    /// What the networks were computed with: parts that are separated by `; `, e.g. `vq 0.1.0; cpu avx512`.
+    /// Only for the message where decoding gives something else.
     pub machine: String,
     /// The format of the model's convolutions' factors, which reading must compute with too.
     pub precision: Precision,

@@ -238,6 +238,23 @@ fn the_bits_are_those_of_the_likelihoods() {
     }
 }
 
+/// However many images the decoder takes at a time.
+#[test]
+fn parts_of_a_block_are_the_whole() {
+    let model = model(2, 1, Likelihood::LogisticMixture, 5);
+    let block = block(&model, 0, true, 5, 5);
+    let codec = Codec::new(&model, &[], true).unwrap();
+    let per_image = 64 * model.config().pixel_distribution().unwrap().parameters(3);
+    let (whole, bits) = codec.encode(&block).unwrap();
+    for most in [1, per_image, 2 * per_image, 4 * per_image + 1] {
+        let codec = codec.with_most_parameters(most);
+        let (bytes, same_bits) = codec.encode(&block).unwrap();
+        assert!(same(&block, &codec.decode(&bytes, 5, [8, 8]).unwrap()), "{most}");
+        // The kernels of a CPU give an image the same numbers in any company.
+        assert_eq!((&bytes, &same_bits), (&whole, &bits), "{most}");
+    }
+}
+
 /// Parameters as a decoder that has learned gives them, and as none should.
 #[test]
 fn narrow_wide_and_far_logistics_are_coded() {

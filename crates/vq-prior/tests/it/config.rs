@@ -23,7 +23,21 @@ fn values_out_of_range_are_named_by_their_key() {
         (problem(|c| c.label_dropout = f64::NAN), "label_dropout must be 0 to 1"),
         (problem(|c| c.dropout = 1.0), "dropout must be at least 0 and below 1"),
         (problem(|c| c.head_hidden = 0), "head_hidden must be at least 1"),
-        (problem(|c| c.conditioner.heads = 3), "conditioner.heads must divide the 64 channels"),
+        (
+            problem(|c| {
+                c.conditioning = vec![GridConfig { grid: [4, 4], codebook_sizes: vec![2] }];
+                c.conditioner.heads = 3;
+            }),
+            "conditioner.heads must divide the 64 channels",
+        ),
+        (
+            problem(|c| {
+                let network = PixelCnnConfig { attention_every: 3, heads: 3, ..default() };
+                c.network = pixelcnn(network);
+            }),
+            "network.heads must divide the 128 channels, got 3",
+        ),
+        (problem(|c| c.conditioner.channels = 0), "conditioner.channels must be at least 1"),
         (
             problem(|c| {
                 c.conditioning = vec![GridConfig { grid: [4, 3], codebook_sizes: vec![2] }];
@@ -51,6 +65,20 @@ fn values_out_of_range_are_named_by_their_key() {
     for (message, expected) in cases {
         assert!(message.contains(expected), "{message}");
     }
+}
+
+#[test]
+fn heads_matter_only_where_there_is_attention() {
+    let mut config = Config::default();
+    config.conditioner.heads = 3;
+    for attention_every in [0, 10, 11] {
+        let network = PixelCnnConfig { attention_every, heads: 3, ..PixelCnnConfig::default() };
+        // None follows the last of the 10 layers.
+        assert!(!network.has_attention());
+        config.network = pixelcnn(network);
+        config.validate().unwrap();
+    }
+    assert!(PixelCnnConfig { attention_every: 9, ..PixelCnnConfig::default() }.has_attention());
 }
 
 #[test]

@@ -10,8 +10,8 @@ use vq_data::{
 };
 use vq_model::{Config, LevelConfig, VqVae};
 use vq_train::{
-    Outcome, PriorLevel, PriorRecipe, PriorTask, Result, Trainable, Trainer, load_prior,
-    model_hash, read_progress,
+    Outcome, PriorLevel, PriorRecipe, PriorTask, Result, Trainable, Trainer, UnigramSource,
+    load_prior, model_hash, read_progress,
 };
 
 use crate::support::{At, Memory, last};
@@ -186,10 +186,10 @@ fn every_epoch_has_each_image_once_with_the_codes_above_it() {
     let folder = tempfile::tempdir().unwrap();
     let hash = prepare(folder.path());
     let task = task(&mut recipe(folder.path(), &["data.level=0"]), &hash).unwrap();
-    // The last tenth is held out.
+    // A tenth is held out, from anywhere.
     assert_eq!((task.images(), task.batches_per_epoch()), ((39, 5), 4));
     let open = CodesFolder::open(folder.path().join("codes")).unwrap();
-    let known: Vec<_> = (0..39).map(|index| open.read(index).unwrap()).collect();
+    let known: Vec<_> = (0..44).map(|index| open.read(index).unwrap()).collect();
     let mut orders = Vec::new();
     for epoch in [0, 1, 0] {
         let mut order = Vec::new();
@@ -255,4 +255,43 @@ fn codes_that_do_not_belong_are_refused() {
     plain.data.level = PriorLevel::Top;
     plain.train.batch_size = 45;
     refused(&mut plain, &hash, "45");
+}
+
+#[test]
+fn a_prior_brings_what_it_is_compared_with() {
+    let folder = tempfile::tempdir().unwrap();
+    let hash = prepare(folder.path());
+    let recipe = recipe(folder.path(), &["data.level=0", "train.epochs=1"]);
+    let run = folder.path().join("run");
+    let mut trainer = trainer(&recipe, &hash, &run);
+    trainer.run().unwrap();
+    let unigram = trainer.task().unigram_bits();
+    let prior = vq_train::resolve_model(&run).unwrap();
+    let judge = |codes: Option<&Path>, data: Option<&vq_train::PriorDataConfig>| {
+        vq_train::evaluate_prior(&prior, codes, data, 8, &vq_ops::test_device())
+    };
+    let held_out = judge(None, Some(&recipe.data)).unwrap();
+    assert_eq!((held_out.images, held_out.unigram), (5, UnigramSource::Training));
+    assert!((held_out.metrics.get("unigram_bits_per_code").unwrap() - unigram).abs() < 1e-12);
+    // The training codes are gone.
+    codes(&folder.path().join("test"), &hash, 10);
+    std::fs::remove_dir_all(folder.path().join("codes")).unwrap();
+    let test = folder.path().join("test");
+    let figures = judge(Some(&test), None).unwrap();
+    assert_eq!((figures.images, figures.unigram), (10, UnigramSource::Training));
+    assert_eq!(judge(Some(&test), Some(&recipe.data)).unwrap(), figures);
+    let error = judge(None, None).unwrap_err().to_string();
+    assert!(error.contains("--codes"), "{error}");
+
+    std::fs::write(prior.join(vq_train::UNIGRAM_FILE), "{\"counts\": [[1, 2]]}").unwrap();
+    let error = judge(Some(&test), None).unwrap_err().to_string();
+    assert!(error.contains("unigram.json") && error.contains("delete this file"), "{error}");
+    std::fs::remove_file(prior.join(vq_train::UNIGRAM_FILE)).unwrap();
+    let counted = judge(Some(&test), Some(&recipe.data)).unwrap();
+    assert_eq!(counted.unigram, UnigramSource::Judged);
+
+    let other = vq_train::load_prior(folder.path().join("model"), &hash, &vq_ops::test_device());
+    assert!(other.unwrap_err().to_string().contains("this is a model"));
+    let other = vq_train::load_model(&run, &vq_ops::test_device()).err().unwrap();
+    assert!(other.to_string().contains("this is a prior"), "{other}");
 }
