@@ -65,7 +65,7 @@ pub use optimizer::{
 pub use packed_linear::PackedLinear;
 pub use pixels::{LOG_SCALES, Logistic, PixelDistribution, pixel_likelihood};
 pub use pointwise::{channels_first, channels_last, replace_value, squared_error};
-pub use precision::Precision;
+pub use precision::{Precision, check_cpu_choice};
 pub use shift::shift;
 pub use softmax::{attention_weights, cross_entropy};
 pub use stack::{Layer, Stack};

@@ -2,9 +2,9 @@
 
 use std::sync::OnceLock;
 
+use super::choice::wanted;
 use super::pack::{CopyFn, Gather, GatherFn, gather};
 use super::vector::{Portable, Vector};
-use super::wanted;
 use super::winograd_transform::{self as winograd, Filter, Transforms};
 
 /// How deep a product runs before its sums go back to memory: one panel of `DEPTH × columns` then
@@ -133,7 +133,8 @@ impl Kernels {
     }
 }
 
-/// The best kernels for this CPU. `VQ_CPU=avx2` or `portable` asks for less, for comparisons.
+/// The best kernels for this CPU. `VQ_CPU=avx2` or `portable` asks for less, for comparisons; names of
+/// instructions for bf16 mean the best kernels below them.
 pub(crate) fn kernels() -> &'static Kernels {
     static CHOICE: OnceLock<&'static Kernels> = OnceLock::new();
     #[cfg(test)]
