@@ -8,6 +8,7 @@ pub(crate) mod adamw;
 pub(crate) mod bf16;
 pub(crate) mod buffers;
 pub(crate) mod choice;
+mod codebook;
 pub(crate) mod conv;
 pub(crate) mod elements;
 pub(crate) mod nearest;

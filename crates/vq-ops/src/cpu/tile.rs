@@ -14,7 +14,7 @@ pub(crate) const DEPTH: usize = 192;
 /// the rows of a tile fall into different cache sets.
 pub(crate) const ROW: usize = DEPTH + 16;
 /// Registers in a row of a panel.
-const PANEL_REGISTERS: usize = 2;
+pub(crate) const PANEL_REGISTERS: usize = 2;
 
 /// One tile: `c[rows[i] + j] (+)= Σ_d a(i, d) · b[d][j]`, then bias, mask and residual.
 pub(crate) struct Tile {
