@@ -186,13 +186,13 @@ fn forward(
     Ok((map.plain()?.to_dtype(DType::F32)?, tape))
 }
 
-/// The gradients of the input (where asked for) and of all parameters.
+/// The gradients of the input and of all parameters, each where it is asked for.
 fn backward(
     steps: &[Step],
     tape: &[Kept],
     grad: &Tensor,
-    of_input: bool,
-) -> Result<(Option<Tensor>, Tensor)> {
+    (of_input, of_parameters): (bool, bool),
+) -> Result<(Option<Tensor>, Option<Tensor>)> {
     // Last first until the end.
     let mut of_theta: Vec<Tensor> = Vec::new();
     let mut grad = grad.clone();
@@ -201,8 +201,11 @@ fn backward(
         let is_wanted = index > 0 || of_input;
         match (step, &weights[..], hidden) {
             (Step::Convolution(convolution), [weight], _) => {
-                let [of_weight, of_bias] = convolution.gradients(input.of(convolution)?, &grad)?;
-                of_theta.extend([of_bias, of_weight]);
+                if of_parameters {
+                    let x = input.of(convolution)?;
+                    let [of_weight, of_bias] = convolution.gradients(x, &grad)?;
+                    of_theta.extend([of_bias, of_weight]);
+                }
                 if is_wanted {
                     grad = convolution.gradient_product(&grad, weight)?;
                     if convolution.relu {
@@ -212,12 +215,16 @@ fn backward(
             }
             (Step::Relu(_), ..) => grad = mask(&grad, input.rectified()?, None)?,
             (Step::Residual { first, second }, [weight1, weight2], Some(hidden)) => {
-                let [of_weight, of_bias] = second.gradients(hidden, &grad)?;
-                of_theta.extend([of_bias, of_weight]);
+                if of_parameters {
+                    let [of_weight, of_bias] = second.gradients(hidden, &grad)?;
+                    of_theta.extend([of_bias, of_weight]);
+                }
                 let of_hidden = mask(&second.gradient_product(&grad, weight2)?, hidden, None)?;
                 let x = input.rectified()?;
-                let [of_weight, of_bias] = first.gradients(x, &of_hidden)?;
-                of_theta.extend([of_bias, of_weight]);
+                if of_parameters {
+                    let [of_weight, of_bias] = first.gradients(x, &of_hidden)?;
+                    of_theta.extend([of_bias, of_weight]);
+                }
                 if is_wanted {
                     grad = mask(&first.gradient_product(&of_hidden, weight1)?, x, Some(&grad))?;
                 }
@@ -226,7 +233,7 @@ fn backward(
         }
     }
     of_theta.reverse();
-    let of_theta = Tensor::cat(&of_theta, 0)?;
+    let of_theta = if of_parameters { Some(Tensor::cat(&of_theta, 0)?) } else { None };
     let of_x = if of_input { Some(grad.to_dtype(DType::F32)?) } else { None };
     Ok((of_x, of_theta))
 }
@@ -279,8 +286,7 @@ impl CustomOp2 for DeviceStack {
             None => forward(&self.steps, self.dtype, &x.detach(), &theta.detach())?.1,
         };
         let grad = grad.detach().contiguous()?.to_dtype(self.dtype)?;
-        let (of_x, of_theta) = backward(&self.steps, &tape, &grad, x.track_op())?;
-        Ok((of_x, Some(of_theta)))
+        backward(&self.steps, &tape, &grad, (x.track_op(), theta.track_op()))
     }
 }
 
@@ -293,6 +299,7 @@ mod tests {
     use candle_core::Var;
 
     use crate::dispatch::only_primitives;
+    use crate::fused::plan;
     use crate::{Conv2d, ConvTranspose2d, Layer, Precision, Stack, conv_transpose2d, conv2d};
 
     use super::*;
@@ -406,5 +413,33 @@ mod tests {
             run(&y, &[x.clone(), w.clone(), b.clone()])
         };
         assert_alike(&only_primitives(up), &up(), 1e-5);
+    }
+
+    #[test]
+    fn gradients_that_nobody_asks_for_are_not_computed() {
+        for layers in stacks() {
+            let channels = layers[0].in_channels();
+            let (steps, output) = plan(&layers, Precision::F32, &[2, 6, 8, channels]).unwrap();
+            let shapes = layers.iter().flat_map(Layer::parameters);
+            let count = shapes.map(|(_, shape)| shape.iter().product::<usize>()).sum();
+            let (x, theta) = (noise(&[2, 6, 8, channels], 1.), noise(&[count], 2.));
+            let grad = noise(&output, 3.).as_detached_tensor();
+            let op = DeviceStack {
+                steps,
+                dtype: DType::F32,
+                output: grad.clone(),
+                tape: Mutex::new(None),
+            };
+            let run = |x: &Tensor, theta: &Tensor| op.bwd(x, theta, &grad, &grad).unwrap();
+            let values =
+                |t: Option<Tensor>| t.map(|t| t.flatten_all().unwrap().to_vec1::<f32>().unwrap());
+            let (of_x, of_theta) = run(&x, &theta);
+            let (only_x, none) = run(&x, &theta.detach());
+            assert!(none.is_none());
+            assert_eq!(values(only_x), values(of_x));
+            let (none, only_theta) = run(&x.detach(), &theta);
+            assert!(none.is_none());
+            assert_eq!(values(only_theta), values(of_theta));
+        }
     }
 }
