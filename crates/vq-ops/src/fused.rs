@@ -298,7 +298,7 @@ impl Step {
 
 impl Convolution {
     /// (input, output) sizes.
-    fn ends(&self) -> (Images, Images) {
+    pub(crate) fn ends(&self) -> (Images, Images) {
         let Geometry { large, small, .. } = self.geometry;
         if self.transposed { (small, large) } else { (large, small) }
     }
@@ -308,23 +308,23 @@ impl Convolution {
         vec![out.batch, out.height, out.width, out.channels]
     }
 
-    fn output_len(&self) -> usize {
+    pub(crate) fn output_len(&self) -> usize {
         self.ends().1.len()
     }
 
-    fn reads_input(&self) -> Reading {
+    pub(crate) fn reads_input(&self) -> Reading {
         match self.geometry.precision {
             Precision::F32 => Reading::VALUES,
             Precision::Bf16 => Reading { values: false, rounded: Some(self.relu) },
         }
     }
 
-    fn reads_gradient(&self) -> Reading {
+    pub(crate) fn reads_gradient(&self) -> Reading {
         let rounded = self.reads_input().rounded.map(|_| false);
         Reading { rounded, ..self.reads_input() }
     }
 
-    fn forward(
+    pub(crate) fn forward(
         &self,
         x: Elements<'_>,
         theta: &[f32],
@@ -337,7 +337,7 @@ impl Convolution {
         run(&self.geometry, x, self.relu, &theta[self.weight.clone()], finish, buffers, to);
     }
 
-    fn input_gradient(
+    pub(crate) fn input_gradient(
         &self,
         x: Elements<'_>,
         theta: &[f32],
@@ -351,7 +351,7 @@ impl Convolution {
         run(&self.geometry, grad, false, &theta[self.weight.clone()], finish, buffers, to);
     }
 
-    fn parameter_gradients(
+    pub(crate) fn parameter_gradients(
         &self,
         x: Elements<'_>,
         grad: Elements<'_>,
@@ -369,7 +369,7 @@ impl Convolution {
 
 /// Runs `work` on a thread of the pool. Its many parallel loops then find the other threads awake, and do
 /// not each hand over to the pool and wait.
-fn on_a_worker<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+pub(crate) fn on_a_worker<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| work())
 }
 

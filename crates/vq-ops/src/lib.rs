@@ -35,6 +35,8 @@ mod nearest_by_scores;
 mod norm;
 mod optimizer;
 mod packed_linear;
+#[doc(hidden)]
+pub mod passes;
 mod pixels;
 mod pointwise;
 mod precision;
