@@ -175,7 +175,8 @@ impl Search<'_> {
             self.panel(panel, &shifted[row * step..], step, height, state);
             for (state, unclear) in state.chunks(3 * lanes).zip(&mut unclear[row..]) {
                 let limit = unclear.limit;
-                if !state[..lanes].iter().fold(false, |any, score| any | (*score <= limit)) {
+                // Counted, which is vector code; a search that stops at the first is not.
+                if state[..lanes].iter().filter(|score| **score <= limit).count() == 0 {
                     continue;
                 }
                 let z = &self.z[(first + unclear.row) * dim..][..dim];

@@ -60,10 +60,10 @@ fn check(g: &Geometry) {
     });
 }
 
-fn check_all(
-    cases: &[((usize, usize, usize), (usize, usize), usize, usize)],
-    precision: Precision,
-) {
+/// (batch, height, width), channels, side of the kernel, stride.
+type Case = ((usize, usize, usize), (usize, usize), usize, usize);
+
+fn check_all(cases: &[Case], precision: Precision) {
     for (size, channels, kernel, stride) in cases {
         let padding = (kernel - stride).div_ceil(2);
         let steps = (*stride, padding, 1);

@@ -28,7 +28,7 @@ fn check(z: &[f32], codebook: &[f32], dim: usize) {
     on_every_cpu(|cpu| {
         let found = nearest(z, codebook, dim).unwrap();
         for (row, (found, expected)) in found.iter().zip(&expected).enumerate() {
-            assert_eq!(found, expected, "{cpu}: row {row} of {}", expected);
+            assert_eq!(found, expected, "{cpu}: row {row}");
         }
         assert_eq!(found.len(), expected.len(), "{cpu}");
         let split = z.len() / dim / 3 * dim;

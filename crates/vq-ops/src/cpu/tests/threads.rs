@@ -147,7 +147,7 @@ fn counting() -> &'static bf16::kernels::Kernels {
         // SAFETY: the caller's promise.
         unsafe { (least().store)(job) }
     }
-    Box::leak(Box::new(bf16::kernels::Kernels { product, gather, add, store, ..*least() }))
+    Box::leak(Box::new(bf16::kernels::Kernels { product, store, add, gather, ..*least() }))
 }
 
 /// A task on another thread that asked for kernels of its own would get those of the CPU, and not be counted.
