@@ -10,6 +10,8 @@ mod naive;
 mod prior;
 #[cfg(feature = "bench")]
 mod profile;
+mod python;
+mod table;
 #[cfg(feature = "bench")]
 pub mod worker;
 
@@ -76,8 +78,16 @@ pub fn run(options: &Options) -> Result<String, Error> {
         .map(|name| Group::named(name))
         .collect::<Result<Vec<_>, _>>()?;
     let worker = build_worker()?;
-    let python = if options.pytorch { Some(prepare_python(&options.venv)?) } else { None };
+    let python = if options.pytorch { Some(python::prepare(&options.venv)?) } else { None };
     let mut report = machine();
+    if let Some(python) = &python {
+        let _ = writeln!(
+            report,
+            "PyTorch {}, of {}.",
+            python::version(python)?,
+            options.venv.display()
+        );
+    }
     for group in groups {
         for work in group.works {
             let table = measure(&group, work, &worker, python.as_deref(), options.rounds)?;
@@ -86,9 +96,9 @@ pub fn run(options: &Options) -> Result<String, Error> {
         }
     }
     if options.groups.iter().any(|name| name == PROFILE) {
-        for precision in ["f32", "bf16"] {
-            report.push_str(&profile(&worker, precision)?);
-        }
+        let table = profile(&worker)?;
+        say(&table);
+        report.push_str(&table);
     }
     if let Some(path) = &options.out {
         std::fs::write(path, &report)
@@ -97,15 +107,18 @@ pub fn run(options: &Options) -> Result<String, Error> {
     Ok(report)
 }
 
+/// The measured programs on PyTorch's side.
+const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/src/bench/pytorch.py");
+
 /// The group whose table is of operations, not of contenders.
 const PROFILE: &str = "profile";
 
 /// A step's operations one by one.
-fn profile(worker: &Path, precision: &str) -> Result<String, Error> {
-    let output = Command::new(worker).args(["bench-worker", "profile", precision]).output();
+fn profile(worker: &Path) -> Result<String, Error> {
+    let output = Command::new(worker).args(["bench-worker", "profile", "all"]).output();
     match output {
         Ok(output) if output.status.success() => Ok(format!(
-            "\n### operations of a training step, {precision}\n\n{}",
+            "\n### Where a training step's time goes\n\n{}",
             String::from_utf8_lossy(&output.stdout)
         )),
         Ok(output) => Err(Error::Command {
@@ -211,6 +224,8 @@ struct Contender {
     output: BufReader<ChildStdout>,
     rates: Vec<f64>,
     peak_mib: f64,
+    /// How much more memory a search took than vectors and codebook, where that was asked for.
+    working_mib: Option<f64>,
 }
 
 impl Contender {
@@ -225,7 +240,8 @@ impl Contender {
             return Err(problem("has no standard input and output".to_owned()));
         };
         let output = BufReader::new(output);
-        let mut contender = Self { name, child, input, output, rates: Vec::new(), peak_mib: 0. };
+        let mut contender =
+            Self { name, child, input, output, rates: Vec::new(), peak_mib: 0., working_mib: None };
         contender.line()?;
         say(&format!("{} is ready", contender.name));
         Ok(contender)
@@ -243,15 +259,17 @@ impl Contender {
         }
     }
 
-    /// One piece: the contender answers with units done, seconds and its peak memory in MiB.
+    /// One piece: the contender answers with units done, seconds, its peak memory in MiB and, perhaps, its
+    /// working memory.
     fn work(&mut self) -> Result<(), Error> {
         let told = writeln!(self.input, "go").and_then(|()| self.input.flush());
         let line = self.line()?;
         let numbers: Vec<f64> = line.split_whitespace().filter_map(|n| n.parse().ok()).collect();
         match (told, numbers.as_slice()) {
-            (Ok(()), &[units, seconds, peak]) if seconds > 0. => {
+            (Ok(()), &[units, seconds, peak, ref more @ ..]) if seconds > 0. && more.len() < 2 => {
                 self.rates.push(units / seconds);
                 self.peak_mib = peak;
+                self.working_mib = more.first().copied();
                 Ok(())
             }
             _ => Err(Error::Command {
@@ -288,9 +306,8 @@ fn measure(
     }
     if let Some(python) = python {
         for name in group.pytorch {
-            let script = concat!(env!("CARGO_MANIFEST_DIR"), "/src/bench/pytorch.py");
             let mut command = Command::new(python);
-            command.args([script, work, name]);
+            command.args([SCRIPT, work, name]);
             contenders.push(Contender::start(format!("PyTorch {name}"), &mut command)?);
         }
     }
@@ -300,43 +317,7 @@ fn measure(
         }
         say(&format!("{work}: round {round} of {rounds}"));
     }
-    Ok(table(group, work, &contenders))
-}
-
-fn table(group: &Group, work: &str, contenders: &[Contender]) -> String {
-    let unit = group.unit;
-    let heading = match group.works {
-        [_] => group.title.to_owned(),
-        _ => format!("{}, {work}", group.title),
-    };
-    let mut text = format!(
-        "\n### {heading}\n\n| | {unit}/s, median (min–max) | ours / it | GFLOP/s | of GEMM peak | peak memory |\n|---|---|---|---|---|---|\n"
-    );
-    let peak = contenders.first().map_or(f64::NAN, |gemm| median(&gemm.rates) / 1e9);
-    let ours = contenders.get(1).map(|c| c.rates.clone()).unwrap_or_default();
-    for contender in contenders.iter().skip(1) {
-        let ratios: Vec<f64> = ours.iter().zip(&contender.rates).map(|(a, b)| a / b).collect();
-        let rate = median(&contender.rates);
-        let (low, high) = contender
-            .rates
-            .iter()
-            .fold((f64::INFINITY, 0f64), |(low, high), r| (low.min(*r), high.max(*r)));
-        let gflops = rate * (group.flops)(work) / 1e9;
-        let _ = writeln!(
-            text,
-            "| {} | {rate:.0} ({low:.0}–{high:.0}) | {:.2}× | {gflops:.0} | {:.0}% | {:.0} MiB |",
-            contender.name,
-            median(&ratios),
-            100. * gflops / peak,
-            contender.peak_mib,
-        );
-    }
-    let _ = writeln!(
-        text,
-        "\nGEMM peak in the same rounds (2048³, f32): {peak:.0} GFLOP/s. GFLOP/s count the operations of \
-         the definition; an algorithm that needs fewer can pass the peak."
-    );
-    text
+    Ok(table::of(group, work, &contenders))
 }
 
 fn median(values: &[f64]) -> f64 {
@@ -359,12 +340,13 @@ fn machine() -> String {
         line.and_then(|line| line.split_once(':')).map(|(_, value)| value.trim().to_owned())
     };
     let flags = field("flags").unwrap_or_default();
-    let wanted = ["avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16"];
+    let wanted = ["avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16"];
     let has: Vec<&str> = wanted.into_iter().filter(|w| flags.split(' ').any(|f| f == *w)).collect();
     let cores = std::thread::available_parallelism().map_or(0, usize::from);
     format!(
-        "Machine: {}, {cores} cores; of {wanted:?} it has {has:?}.\n",
-        field("model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned())
+        "Machine: {}, {cores} cores, with {}.\n",
+        field("model name").unwrap_or_else(|| std::env::consts::ARCH.to_owned()),
+        if has.is_empty() { format!("none of {}", wanted.join(", ")) } else { has.join(", ") },
     )
 }
 
@@ -379,18 +361,6 @@ fn build_worker() -> Result<PathBuf, Error> {
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
     succeed("cargo build", &mut command)?;
     Ok(target.join("release").join("xtask"))
-}
-
-/// The Python of a virtual environment with PyTorch, made where it is missing.
-fn prepare_python(venv: &Path) -> Result<PathBuf, Error> {
-    let python = venv.join("bin").join("python");
-    if !python.exists() {
-        succeed("python3 -m venv", Command::new("python3").args(["-m", "venv"]).arg(venv))?;
-        let mut install = Command::new(&python);
-        install.args(["-m", "pip", "install", "--quiet", "torch", "numpy"]);
-        succeed("pip install torch", &mut install)?;
-    }
-    Ok(python)
 }
 
 fn succeed(name: &str, command: &mut Command) -> Result<(), Error> {

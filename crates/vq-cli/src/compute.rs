@@ -66,6 +66,7 @@ impl FromStr for DeviceChoice {
 impl ComputeArgs {
     /// Sets up the threads and opens the device.
     pub(crate) fn start(&self) -> Result<Device> {
+        vq_ops::check_cpu_choice().map_err(Error::other)?;
         let threads = self.threads.map_or(0, NonZeroUsize::get);
         // This thread is one of the workers: with one thread more than cores, parts of every
         // operation would wait for each other.

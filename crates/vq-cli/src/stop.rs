@@ -3,13 +3,19 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
 
 use signal_hook::consts::{SIGINT, SIGTERM};
-use signal_hook::flag;
+use signal_hook::iterator::Signals;
+use signal_hook::low_level;
 
 use crate::error::{Error, Result};
 
-/// Raised by the first Ctrl-C or SIGTERM; a second one ends the program on the spot, which what is on
+/// Signals that come within this time are one request: `timeout` and job schedulers send theirs to a program and
+/// to its process group at once.
+const SAME_REQUEST: Duration = Duration::from_millis(500);
+
+/// Raised by the first Ctrl-C or SIGTERM; another one, later, ends the program on the spot, which what is on
 /// disk survives.
 pub(crate) struct Stop {
     pub(crate) flag: Arc<AtomicBool>,
@@ -25,12 +31,23 @@ impl Stop {
     }
 
     fn register(&self) -> io::Result<()> {
-        for signal in [SIGINT, SIGTERM] {
-            // In this order: the first signal finds the flag still down.
-            flag::register_conditional_shutdown(signal, 128 + signal, self.flag.clone())?;
-            flag::register_usize(signal, self.signal.clone(), signal as usize)?;
-            flag::register(signal, self.flag.clone())?;
-        }
+        let mut signals = Signals::new([SIGINT, SIGTERM])?;
+        let (flag, first_signal) = (self.flag.clone(), self.signal.clone());
+        let watch = move || {
+            let mut first: Option<Instant> = None;
+            for signal in signals.forever() {
+                match first {
+                    None => {
+                        first = Some(Instant::now());
+                        first_signal.store(signal as usize, Ordering::Relaxed);
+                        flag.store(true, Ordering::Relaxed);
+                    }
+                    Some(first) if first.elapsed() < SAME_REQUEST => {}
+                    Some(_) => low_level::exit(128 + signal),
+                }
+            }
+        };
+        std::thread::Builder::new().name("vq-signals".to_owned()).spawn(watch)?;
         Ok(())
     }
 

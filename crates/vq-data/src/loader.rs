@@ -363,6 +363,7 @@ fn make_batch(
     Ok(Batch { images, labels: Tensor::from_vec(labels, count, &Device::Cpu)?, indices })
 }
 
+#[allow(clippy::needless_pass_by_value, reason = "of the same type as make_batch")]
 fn make_raw_batch(
     loader: &Loader,
     plan: &Plan,

@@ -9,7 +9,7 @@
 
 use candle_core::{Device, Result, Tensor, Var};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use vq_ops::{AdamWStep, Conv2d, ConvTranspose2d, composed};
+use vq_ops::{AdamWStep, Conv2d, ConvTranspose2d, Layer, Precision, Stack, composed};
 
 const BATCH: usize = 128;
 
@@ -45,7 +45,9 @@ fn convolutions(c: &mut Criterion) {
         ("conv 4x4/2 64→128 at 16", 16, 64, 128, 4, 2),
         ("conv 3x3 128→128 at 8", 8, 128, 128, 3, 1),
         ("conv 3x3 128→32 at 8", 8, 128, 32, 3, 1),
+        ("conv 3x3 64→128 at 8", 8, 64, 128, 3, 1),
         ("conv 1x1 32→128 at 8", 8, 32, 128, 1, 1),
+        ("conv 1x1 128→64 at 8", 8, 128, 64, 1, 1),
     ] {
         let config =
             Conv2d { stride, padding: kernel / 2 - usize::from(stride == 2), ..Conv2d::default() };
@@ -54,8 +56,10 @@ fn convolutions(c: &mut Criterion) {
             Var::from_tensor(&random(&[outer, inner, kernel, kernel])).expect("a variable");
         let out = size / stride;
         let work = (BATCH * out * out * kernel * kernel * inner * outer) as u64;
-        let runs: [Run<'_>; 2] = [
+        let bf16 = Conv2d { precision: Precision::Bf16, ..config };
+        let runs: [Run<'_>; 3] = [
             ("ours", Box::new(|x| vq_ops::conv2d(x, &weight, None, config))),
+            ("ours-bf16", Box::new(|x| vq_ops::conv2d(x, &weight, None, bf16))),
             ("candle", Box::new(|x| composed::conv2d(x, &weight, None, config))),
         ];
         layer(c, name, work, &x, &runs);
@@ -67,12 +71,37 @@ fn convolutions(c: &mut Criterion) {
         let x = Var::from_tensor(&random(&[BATCH, size, size, inner])).expect("a variable");
         let weight = Var::from_tensor(&random(&[inner, outer, 4, 4])).expect("a variable");
         let work = (BATCH * size * size * 16 * inner * outer) as u64;
-        let runs: [Run<'_>; 2] = [
+        let bf16 = ConvTranspose2d { precision: Precision::Bf16, ..config };
+        let runs: [Run<'_>; 3] = [
             ("ours", Box::new(|x| vq_ops::conv_transpose2d(x, &weight, None, config))),
+            ("ours-bf16", Box::new(|x| vq_ops::conv_transpose2d(x, &weight, None, bf16))),
             ("candle", Box::new(|x| composed::conv_transpose2d(x, &weight, None, config))),
         ];
         layer(c, name, work, &x, &runs);
     }
+}
+
+/// A residual layer as one operation, with ReLU, bias and addition within the convolutions, against the
+/// same one by one.
+fn fused(c: &mut Criterion) {
+    let residual = Layer::Residual { channels: 128, hidden: 32 };
+    let parameters: Vec<Tensor> = residual
+        .parameters()
+        .iter()
+        .map(|(_, shape)| Var::from_tensor(&random(shape)).expect("a variable").as_tensor().clone())
+        .collect();
+    let x = Var::from_tensor(&random(&[BATCH, 8, 8, 128])).expect("a variable");
+    let f32 = Stack::new(vec![residual]).expect("a stack");
+    let mut bf16 = f32.clone();
+    bf16.set_precision(Precision::Bf16);
+    let one_by_one = |x: &Tensor| composed::only(|| f32.forward_layerwise(x, &parameters));
+    let runs: [Run<'_>; 4] = [
+        ("ours", Box::new(|x| f32.forward(x, &parameters))),
+        ("ours-bf16", Box::new(|x| bf16.forward(x, &parameters))),
+        ("ours, layer by layer", Box::new(|x| f32.forward_layerwise(x, &parameters))),
+        ("candle", Box::new(one_by_one)),
+    ];
+    layer(c, "residual 128→32→128 at 8", (BATCH * 64 * 128 * 32 * 10) as u64, &x, &runs);
 }
 
 fn codes(c: &mut Criterion) {
@@ -82,6 +111,18 @@ fn codes(c: &mut Criterion) {
         let (z, codebook) = (random(&[count, 64]), random(&[size, 64]));
         group.throughput(Throughput::Elements((2 * count * size * 64) as u64));
         group.bench_function(format!("N = {count}, K = {size}"), |b| {
+            b.iter(|| vq_ops::nearest_codes(&z, &codebook).expect("codes"));
+        });
+    }
+    // Each code three times, once moved by a unit in the last place; and one that is far away.
+    let (z, once) = (random(&[65_536, 64]), random(&[171, 64]));
+    let nearly = (&once * (1. + 1.2e-7)).expect("a tensor");
+    let repeated = Tensor::cat(&[&once, &once, &nearly], 0).expect("a codebook");
+    let far = (random(&[1, 64]) * 1e6).expect("a code");
+    let outlier = Tensor::cat(&[&random(&[511, 64]), &far], 0).expect("a codebook");
+    for (name, codebook) in [("repeated codes", repeated), ("a code far away", outlier)] {
+        group.throughput(Throughput::Elements(2 * 65_536 * 512 * 64));
+        group.bench_function(format!("N = 65536, K = 512, {name}"), |b| {
             b.iter(|| vq_ops::nearest_codes(&z, &codebook).expect("codes"));
         });
     }
@@ -116,5 +157,5 @@ fn optimizer(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, convolutions, codes, optimizer);
+criterion_group!(benches, convolutions, fused, codes, optimizer);
 criterion_main!(benches);

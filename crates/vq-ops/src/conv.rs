@@ -109,7 +109,8 @@ impl ConvTranspose2d {
 /// Convolution. `x` `[B, H, W, Cin]`, `weight` `[Cout, Cin, KH, KW]`, `bias` `[Cout]` →
 /// `[B, H', W', Cout]`, with H', W' by [`Conv2d::output_length`].
 ///
-/// Differentiable in all three operands; a gradient that nobody asks for is not computed. An error
+/// Differentiable in all three operands; a gradient that nobody asks for is not computed. An empty batch gives
+/// an empty output, and zeros as gradients of weight and bias. An error
 /// names the shapes that do not fit.
 pub fn conv2d(
     x: &Tensor,
@@ -137,7 +138,8 @@ pub fn conv2d(
 /// Transposed convolution. `x` `[B, H, W, Cin]`, `weight` `[Cin, Cout, KH, KW]`, `bias` `[Cout]` →
 /// `[B, H', W', Cout]`, with H', W' by [`ConvTranspose2d::output_length`].
 ///
-/// Differentiable in all three operands; a gradient that nobody asks for is not computed. An error
+/// Differentiable in all three operands; a gradient that nobody asks for is not computed. An empty batch gives
+/// an empty output, and zeros as gradients of weight and bias. An error
 /// names the shapes that do not fit.
 pub fn conv_transpose2d(
     x: &Tensor,

@@ -110,11 +110,10 @@ impl Ends {
         if let Some(Step::Convolution(convolution)) = steps.last_mut()
             && convolution.transposed
             && as_windows(&convolution.geometry)
+            && let Some(bias) = last_bias
         {
-            if let Some(bias) = last_bias {
-                last = Some((convolution.geometry, bias.contiguous()?));
-                convolution.geometry = of_windows(&convolution.geometry);
-            }
+            last = Some((convolution.geometry, bias.contiguous()?));
+            convolution.geometry = of_windows(&convolution.geometry);
         }
         for convolution in steps.iter_mut().flat_map(Step::convolutions_mut) {
             let Geometry { large, small, .. } = &mut convolution.geometry;
@@ -406,13 +405,14 @@ fn forward(
     Ok((map.plain()?.clone(), tape))
 }
 
-/// The gradients of the input (where asked for, as the first step takes it) and of all parameters, side by side.
+/// The gradients of the input, as the first step takes it, and of all parameters, side by side, each where it is
+/// asked for.
 fn backward(
     steps: &[Step],
     tape: &[Kept],
     mut back: Back,
-    of_input: bool,
-) -> Result<(Option<Tensor>, Tensor)> {
+    (of_input, of_parameters): (bool, bool),
+) -> Result<(Option<Tensor>, Option<Tensor>)> {
     // Last first until the end.
     let mut of_params: Vec<Gradient> = Vec::new();
     let mut aside = Aside::default();
@@ -421,9 +421,11 @@ fn backward(
         let is_wanted = index > 0 || of_input;
         match (step, &weights[..], hidden) {
             (Step::Convolution(convolution), [weight], _) => {
-                let [of_weight, of_bias] =
-                    convolution.gradients(input.of(convolution)?, &back, &mut aside)?;
-                of_params.extend([of_bias, of_weight]);
+                if of_parameters {
+                    let x = input.of(convolution)?;
+                    let [of_weight, of_bias] = convolution.gradients(x, &back, &mut aside)?;
+                    of_params.extend([of_bias, of_weight]);
+                }
                 if is_wanted {
                     let grad = convolution.gradient_product(&back.grad, weight)?;
                     back = if convolution.relu {
@@ -435,13 +437,17 @@ fn backward(
             }
             (Step::Relu(_), ..) => back = Back::masked(&back.grad, input.rectified()?, None)?,
             (Step::Residual { first, second }, [weight1, weight2], Some(hidden)) => {
-                let [of_weight, of_bias] = second.gradients(hidden, &back, &mut aside)?;
-                of_params.extend([of_bias, of_weight]);
+                if of_parameters {
+                    let [of_weight, of_bias] = second.gradients(hidden, &back, &mut aside)?;
+                    of_params.extend([of_bias, of_weight]);
+                }
                 let grad = second.gradient_product(&back.grad, weight2)?;
                 let of_hidden = Back::masked(&grad, hidden, None)?;
                 let x = input.rectified()?;
-                let [of_weight, of_bias] = first.gradients(x, &of_hidden, &mut aside)?;
-                of_params.extend([of_bias, of_weight]);
+                if of_parameters {
+                    let [of_weight, of_bias] = first.gradients(x, &of_hidden, &mut aside)?;
+                    of_params.extend([of_bias, of_weight]);
+                }
                 if is_wanted {
                     let grad = first.gradient_product(&of_hidden.grad, weight1)?;
                     back = Back::masked(&grad, x, Some(&back.grad))?;
@@ -452,7 +458,7 @@ fn backward(
     }
     of_params.reverse();
     aside.wait()?;
-    let of_params = unpack_gradients(&of_params)?;
+    let of_params = if of_parameters { Some(unpack_gradients(&of_params)?) } else { None };
     Ok((of_input.then_some(back.grad), of_params))
 }
 
@@ -508,14 +514,16 @@ impl CustomOp2 for DeviceStack {
             }
         };
         let back = self.ends.enter_back(&grad.detach().contiguous()?)?;
-        let (of_x, of_params) = backward(&self.steps, &tape, back, x.track_op())?;
+        let of_parameters = self.delivery.is_some() || second.track_op();
+        let asked_for = (x.track_op(), of_parameters);
+        let (of_x, of_params) = backward(&self.steps, &tape, back, asked_for)?;
         let channels = x.dim(D::Minus1)?;
         let of_x = of_x.map(|of_x| self.ends.leave_back(&of_x, channels)).transpose()?;
-        if let Some(delivery) = &self.delivery {
-            delivery.add(of_params)?;
+        if let (Some(delivery), Some(of_params)) = (&self.delivery, &of_params) {
+            delivery.add(of_params.clone())?;
             return Ok((of_x, None));
         }
-        Ok((of_x, second.track_op().then_some(of_params)))
+        Ok((of_x, of_params))
     }
 }
 
@@ -641,5 +649,32 @@ mod tests {
             run(&y, &[x.clone(), w.clone(), b.clone()])
         };
         assert_alike(&only_primitives(up), &up(), 1e-5);
+    }
+
+    #[test]
+    fn gradients_that_nobody_asks_for_are_not_computed() {
+        for layers in stacks() {
+            let size = [2, 6, 8, layers[0].in_channels()];
+            let shapes = layers.iter().flat_map(Layer::parameters).enumerate();
+            let params: Vec<Var> = shapes.map(|(i, (_, shape))| noise(&shape, i as f32)).collect();
+            let tracked: Vec<Tensor> = params.iter().map(|var| var.as_tensor().clone()).collect();
+            let still: Vec<Tensor> = params.iter().map(Var::as_detached_tensor).collect();
+            let x = noise(&size, 50.);
+            let gradients = |x: &Tensor, params: &[Tensor]| {
+                let stack = Stack::new(layers.clone()).unwrap();
+                let y = only_primitives(|| stack.forward(x, params).unwrap());
+                only_primitives(|| y.sqr().unwrap().sum_all().unwrap().backward().unwrap())
+            };
+            let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            let all = gradients(&x, &tracked);
+            let of_x = gradients(&x, &still);
+            let of_params = gradients(&x.as_detached_tensor(), &tracked);
+            assert_eq!(of_x.get(&x).map(values), all.get(&x).map(values));
+            assert!(of_params.get(&x).is_none());
+            for var in &params {
+                assert!(of_x.get(var).is_none());
+                assert_eq!(of_params.get(var).map(values), all.get(var).map(values));
+            }
+        }
     }
 }

@@ -69,6 +69,7 @@ impl FusedStack {
         keep: bool,
     ) -> Result<Self> {
         let (steps, output) = plan(layers, precision, input)?;
+        buffers.begin_pass();
         let (buffers, saved) = (buffers.clone(), Mutex::new(None));
         Ok(Self { steps, output, buffers, keep, saved })
     }
@@ -120,18 +121,18 @@ impl FusedStack {
         (last, saved)
     }
 
-    /// Gradients of the input (where asked for) and of all parameters.
+    /// Gradients of the input and of all parameters, each where it is asked for.
     fn gradients(
         &self,
         x: &[f32],
         theta: &[f32],
         grad: &[f32],
-        of_input: bool,
-    ) -> (Option<Vec<f32>>, Vec<f32>) {
+        (of_input, of_parameters): (bool, bool),
+    ) -> (Option<Vec<f32>>, Option<Vec<f32>>) {
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).take();
         // A second backward pass through the same graph finds nothing and computes it anew.
         let mut saved = saved.unwrap_or_else(|| self.run(x, theta, true).1);
-        let mut of_theta = vec![0.; theta.len()];
+        let mut of_theta = of_parameters.then(|| vec![0.; theta.len()]);
         let mut of_output: Option<Activation> = None;
         for (index, step) in self.steps.iter().enumerate().rev() {
             let hidden = saved.pop().and_then(|saved| saved.hidden);
@@ -151,7 +152,9 @@ impl FusedStack {
             match step {
                 Step::Convolution(convolution) => {
                     let (x, grad) = (input.elements, grad.elements);
-                    convolution.parameter_gradients(x, grad, &self.buffers, &mut of_theta);
+                    if let Some(of_theta) = &mut of_theta {
+                        convolution.parameter_gradients(x, grad, &self.buffers, of_theta);
+                    }
                     if let Some(to) = to {
                         convolution.input_gradient(x, theta, grad, None, &self.buffers, to);
                     }
@@ -164,13 +167,17 @@ impl FusedStack {
                 Step::Residual { first, second } => {
                     let Some(hidden) = hidden else { continue };
                     let x = hidden.read().elements;
-                    second.parameter_gradients(x, grad.elements, &self.buffers, &mut of_theta);
+                    if let Some(of_theta) = &mut of_theta {
+                        second.parameter_gradients(x, grad.elements, &self.buffers, of_theta);
+                    }
                     let reading = first.reads_gradient();
                     let mut of_hidden = Activation::new(first.output_len(), reading, &self.buffers);
                     let to_hidden = of_hidden.output();
                     second.input_gradient(x, theta, grad.elements, None, &self.buffers, to_hidden);
                     let (x, of_hidden) = (input.elements, of_hidden.read().elements);
-                    first.parameter_gradients(x, of_hidden, &self.buffers, &mut of_theta);
+                    if let Some(of_theta) = &mut of_theta {
+                        first.parameter_gradients(x, of_hidden, &self.buffers, of_theta);
+                    }
                     if let Some(to) = to {
                         let residual = Some(grad.values);
                         first.input_gradient(x, theta, of_hidden, residual, &self.buffers, to);
@@ -295,7 +302,7 @@ impl Step {
 
 impl Convolution {
     /// (input, output) sizes.
-    fn ends(&self) -> (Images, Images) {
+    pub(crate) fn ends(&self) -> (Images, Images) {
         let Geometry { large, small, .. } = self.geometry;
         if self.transposed { (small, large) } else { (large, small) }
     }
@@ -305,23 +312,23 @@ impl Convolution {
         vec![out.batch, out.height, out.width, out.channels]
     }
 
-    fn output_len(&self) -> usize {
+    pub(crate) fn output_len(&self) -> usize {
         self.ends().1.len()
     }
 
-    fn reads_input(&self) -> Reading {
+    pub(crate) fn reads_input(&self) -> Reading {
         match self.geometry.precision {
             Precision::F32 => Reading::VALUES,
             Precision::Bf16 => Reading { values: false, rounded: Some(self.relu) },
         }
     }
 
-    fn reads_gradient(&self) -> Reading {
+    pub(crate) fn reads_gradient(&self) -> Reading {
         let rounded = self.reads_input().rounded.map(|_| false);
         Reading { rounded, ..self.reads_input() }
     }
 
-    fn forward(
+    pub(crate) fn forward(
         &self,
         x: Elements<'_>,
         theta: &[f32],
@@ -334,7 +341,7 @@ impl Convolution {
         run(&self.geometry, x, self.relu, &theta[self.weight.clone()], finish, buffers, to);
     }
 
-    fn input_gradient(
+    pub(crate) fn input_gradient(
         &self,
         x: Elements<'_>,
         theta: &[f32],
@@ -348,7 +355,7 @@ impl Convolution {
         run(&self.geometry, grad, false, &theta[self.weight.clone()], finish, buffers, to);
     }
 
-    fn parameter_gradients(
+    pub(crate) fn parameter_gradients(
         &self,
         x: Elements<'_>,
         grad: Elements<'_>,
@@ -366,7 +373,7 @@ impl Convolution {
 
 /// Runs `work` on a thread of the pool. Its many parallel loops then find the other threads awake, and do
 /// not each hand over to the pool and wait.
-fn on_a_worker<R: Send>(work: impl FnOnce() -> R + Send) -> R {
+pub(crate) fn on_a_worker<R: Send>(work: impl FnOnce() -> R + Send) -> R {
     rayon::scope(|_| work())
 }
 
@@ -398,14 +405,59 @@ impl CustomOp2 for FusedStack {
         grad: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
         let grad = grad.contiguous()?;
-        let of_input = x.track_op();
+        let wanted = (x.track_op(), theta.track_op());
         let (of_x, of_theta) = f32_slice(x, |x| {
             f32_slice(theta, |theta| {
-                f32_slice(&grad, |grad| on_a_worker(|| self.gradients(x, theta, grad, of_input)))
+                f32_slice(&grad, |grad| on_a_worker(|| self.gradients(x, theta, grad, wanted)))
             })
         })???;
         let of_x =
             of_x.map(|values| Tensor::from_vec(values, x.shape(), x.device())).transpose()?;
-        Ok((of_x, Some(Tensor::from_vec(of_theta, theta.shape(), x.device())?)))
+        let of_theta = of_theta
+            .map(|values| Tensor::from_vec(values, theta.shape(), x.device()))
+            .transpose()?;
+        Ok((of_x, of_theta))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{Device, Var};
+
+    use super::*;
+
+    #[test]
+    fn gradients_that_nobody_asks_for_are_not_computed() -> Result<()> {
+        let config = Conv2d { padding: 1, ..Conv2d::default() };
+        let layers = [
+            Layer::Conv2d { in_channels: 3, out_channels: 8, kernel: 3, config },
+            Layer::Relu { channels: 8 },
+            Layer::Residual { channels: 8, hidden: 4 },
+        ];
+        let count: usize = layers
+            .iter()
+            .flat_map(Layer::parameters)
+            .map(|(_, s)| s.iter().product::<usize>())
+            .sum();
+        let random = |shape: &[usize]| {
+            Tensor::rand(-1f32, 1., shape, &Device::Cpu).and_then(|t| Var::from_tensor(&t))
+        };
+        let (x, theta) = (random(&[2, 5, 4, 3])?, random(&[count])?);
+        let grad = random(&[2, 5, 4, 8])?.as_detached_tensor();
+        let (x, theta) = (x.as_tensor(), theta.as_tensor());
+        let run = |x: &Tensor, theta: &Tensor| {
+            let buffers = Buffers::default();
+            FusedStack::new(&layers, Precision::F32, x.dims(), &buffers, true)?
+                .bwd(x, theta, &grad, &grad)
+        };
+        let bits = |t: Option<Tensor>| t.map(|t| t.flatten_all()?.to_vec1::<f32>()).transpose();
+        let (of_x, of_theta) = run(x, theta)?;
+        let (only_x, none) = run(x, &theta.detach())?;
+        assert!(none.is_none());
+        assert_eq!(bits(only_x)?, bits(of_x)?);
+        let (none, only_theta) = run(&x.detach(), theta)?;
+        assert!(none.is_none());
+        assert_eq!(bits(only_theta)?, bits(of_theta)?);
+        Ok(())
     }
 }

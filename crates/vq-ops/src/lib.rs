@@ -37,6 +37,8 @@ mod nearest_by_scores;
 mod norm;
 mod optimizer;
 mod packed_linear;
+#[doc(hidden)]
+pub mod passes;
 mod pixels;
 mod pointwise;
 mod precision;
@@ -74,7 +76,7 @@ pub use pixels::{LOG_SCALES, Logistic, PixelDistribution, pixel_likelihood};
 pub use pointwise::{
     channels_first, channels_last, replace_value, scaled_squared_error, squared_error,
 };
-pub use precision::Precision;
+pub use precision::{Precision, check_cpu_choice};
 pub use recording::{Recording, can_record, rehearse};
 pub use repeat::repeat_pixels;
 pub use scalars::{collect_scalars, weighted_sum};

@@ -6,7 +6,7 @@ use crate::cpu::adamw as kernel;
 use crate::dispatch::on_cpu;
 #[cfg(feature = "cuda")]
 use crate::dispatch::on_cuda;
-use crate::storage::{f32_slice, with_f32_mut};
+use crate::storage::{f32_slice, storage_address, with_f32_mut};
 
 /// The numbers of one AdamW step (Loshchilov & Hutter 2019, algorithm 2, with PyTorch's
 /// conventions).
@@ -173,14 +173,14 @@ fn checked_gradients(slots: &[AdamWSlot<'_>]) -> Result<Vec<Tensor>> {
 fn on_the_cpu(slot: &AdamWSlot<'_>, step: &AdamWStep) -> Result<()> {
     let AdamWSlot { param, grad, first_moment, second_moment, ema, .. } = *slot;
     let keep = slot.keep(step);
-    let mut addresses: Vec<usize> = Vec::new();
+    // Each storage is locked while it is written, so that two views of one would wait for each other.
+    let mut storages: Vec<usize> = Vec::new();
     for tensor in [Some(param), Some(grad), Some(first_moment), Some(second_moment), ema] {
-        let Some(tensor) = tensor else { continue };
-        let address = f32_slice(tensor, |values| values.as_ptr().addr())?;
-        if param.elem_count() > 0 && addresses.contains(&address) {
-            bail!("AdamW was given one tensor in two places");
+        let Some(address) = tensor.and_then(storage_address) else { continue };
+        if storages.contains(&address) {
+            bail!("AdamW was given one tensor, or two views of one, in two places");
         }
-        addresses.push(address);
+        storages.push(address);
     }
     f32_slice(grad, |grad| {
         with_f32_mut(param, |param| {
@@ -276,6 +276,30 @@ mod tests {
             assert!((f64::from(found[1]) / scale - 1.).abs() < 1e-6);
         }
         assert!(norm_and_scale(&[], 1.).unwrap().is_none());
+    }
+
+    #[test]
+    fn two_views_of_one_tensor_are_refused() {
+        let step = AdamWStep {
+            lr: 0.1,
+            beta1: 0.9,
+            beta2: 0.99,
+            eps: 1e-8,
+            weight_decay: 0.,
+            step: 1,
+            grad_scale: 1.,
+            ema_decay: None,
+        };
+        let all = Tensor::zeros(100, DType::F32, &candle_core::Device::Cpu).unwrap();
+        let view = |start| all.narrow(0, start, 40).unwrap();
+        let [a, b, c] =
+            [(); 3].map(|()| Tensor::zeros(40, DType::F32, &candle_core::Device::Cpu).unwrap());
+        assert!(adamw_step(&a, &b, &c, &view(0), None, &step).is_ok());
+        // Overlapping, apart, and the same.
+        for start in [20, 60, 0] {
+            let error = adamw_step(&view(0), &a, &view(start), &b, None, &step).unwrap_err();
+            assert!(error.to_string().contains("two views"), "{error}");
+        }
     }
 
     #[test]

@@ -31,7 +31,7 @@ pub fn scaled_squared_error(a: &Tensor, b: &Tensor, factor: f64) -> Result<Tenso
         return a.contiguous()?.apply_op2(&b.contiguous()?, SquaredError { factor });
     }
     let error = mean_squared_error(a, b)?;
-    if factor == 1. { Ok(error) } else { error * factor }
+    if is_one(factor) { Ok(error) } else { error * factor }
 }
 
 fn mean_squared_error(a: &Tensor, b: &Tensor) -> Result<Tensor> {
@@ -59,6 +59,12 @@ pub fn channels_last(x: &Tensor) -> Result<Tensor> {
     } else {
         x.permute((0, 2, 3, 1))?.contiguous()
     }
+}
+
+/// Whether a factor changes nothing.
+#[allow(clippy::float_cmp)]
+pub(crate) fn is_one(factor: f64) -> bool {
+    factor == 1.
 }
 
 fn has_kernels(x: &Tensor) -> bool {

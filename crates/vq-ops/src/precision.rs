@@ -61,3 +61,10 @@ impl FromStr for Precision {
         }
     }
 }
+
+/// What is wrong with the environment variable `VQ_CPU`, which names the instruction set that the CPU
+/// kernels use (`amx`, `avx512bf16`, `avx512`, `avx2` or `portable`): a name that does not exist, which the
+/// kernels ignore, or one that this CPU does not have, for which they take the best below it.
+pub fn check_cpu_choice() -> Result<(), String> {
+    crate::cpu::choice::check()
+}

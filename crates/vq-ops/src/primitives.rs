@@ -171,13 +171,11 @@ fn window_elements(geometry: &Geometry) -> impl Iterator<Item = Option<usize>> {
 pub(crate) struct Aside {
     /// What they read and write, until they are done.
     held: Vec<Tensor>,
-    #[cfg(feature = "cuda")]
     bytes: usize,
 }
 
 impl Aside {
     /// More is not held, lest the device's memory be spent on it.
-    #[cfg(feature = "cuda")]
     const MOST_BYTES: usize = 1 << 30;
 
     /// [`multiply`] with [`Product::Weight`]. The result is there after [`wait`](Self::wait).
@@ -190,26 +188,31 @@ impl Aside {
         #[cfg(feature = "cuda")]
         if on_cuda(large.device()) {
             let gradient = crate::cuda::convolution::weight_gradient_aside(geometry, large, small)?;
-            for tensor in [large, small, &gradient] {
-                self.bytes += tensor.elem_count() * tensor.dtype().size_in_bytes();
-                self.held.push(tensor.clone());
-            }
-            if self.bytes > Self::MOST_BYTES {
-                self.wait()?;
-            }
+            self.hold([large, small, &gradient])?;
             return Ok(gradient);
         }
-        multiply(geometry, Product::Weight, large, small)
+        let gradient = multiply(geometry, Product::Weight, large, small)?;
+        self.hold([large, small, &gradient])?;
+        Ok(gradient)
+    }
+
+    fn hold(&mut self, tensors: [&Tensor; 3]) -> Result<()> {
+        for tensor in tensors {
+            self.bytes += tensor.elem_count() * tensor.dtype().size_in_bytes();
+            self.held.push(tensor.clone());
+        }
+        if self.bytes > Self::MOST_BYTES { self.wait() } else { Ok(()) }
     }
 
     /// Has what comes after wait for all of them.
+    #[cfg_attr(not(feature = "cuda"), allow(clippy::unnecessary_wraps))]
     pub(crate) fn wait(&mut self) -> Result<()> {
         #[cfg(feature = "cuda")]
-        if let Some(first) = self.held.first() {
+        if let Some(first) = self.held.first().filter(|first| on_cuda(first.device())) {
             crate::cuda::convolution::wait_for_aside(first)?;
-            self.bytes = 0;
         }
         self.held.clear();
+        self.bytes = 0;
         Ok(())
     }
 }

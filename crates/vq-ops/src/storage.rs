@@ -13,6 +13,15 @@ pub(crate) fn f32_slice<R>(tensor: &Tensor, work: impl FnOnce(&[f32]) -> R) -> R
     }
 }
 
+/// Where the f32 storage that a tensor is a view of begins; `None` where it is empty or not on the CPU.
+pub(crate) fn storage_address(tensor: &Tensor) -> Option<usize> {
+    let (storage, _) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(CpuStorage::F32(values)) if !values.is_empty() => Some(values.as_ptr().addr()),
+        _ => None,
+    }
+}
+
 /// The elements of a contiguous f32 storage.
 pub(crate) fn f32_elements<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]> {
     let Some((first, end)) = layout.contiguous_offsets() else {

@@ -4,7 +4,7 @@
 
 use candle_core::{Result, Tensor, Var};
 use proptest::prelude::*;
-use vq_ops::{Conv2d, ConvTranspose2d, Layer, Stack, composed};
+use vq_ops::{Conv2d, ConvTranspose2d, Layer, Precision, Stack, composed};
 
 fn conv(i: usize, o: usize, kernel: usize, stride: usize, relu_input: bool) -> Layer {
     let config = Conv2d {
@@ -167,6 +167,36 @@ fn gradients_equal_finite_differences() -> Result<()> {
         let analytic: f32 = (grad * &direction)?.sum_all()?.to_scalar()?;
         let scale = numeric.abs().max(1.);
         assert!((numeric - f64::from(analytic)).abs() < 2e-2 * scale, "{numeric} {analytic}");
+    }
+    Ok(())
+}
+
+#[test]
+fn an_empty_batch_gives_an_empty_output_and_zero_gradients() -> Result<()> {
+    let residual = Layer::Residual { channels: 32, hidden: 16 };
+    let chain = |middle: Option<Layer>| {
+        let mut layers = vec![conv(3, 16, 4, 2, false), conv(16, 32, 3, 1, true)];
+        layers.extend(middle);
+        layers.extend([up(32, 16, true), Layer::Relu { channels: 16 }, up(16, 3, true)]);
+        layers
+    };
+    // Layer by layer, candle's own sum of empty tensors forgets one of its terms.
+    for (layers, is_fused) in [(chain(Some(residual)), true), (chain(None), false)] {
+        for precision in [Precision::F32, Precision::Bf16] {
+            let mut stack = Stack::new(layers.clone())?;
+            stack.set_precision(precision);
+            let vars = variables(&stack)?;
+            let x = Var::from_tensor(&noise(&[0, 8, 8, 3], 1)?)?;
+            let (y, grads) = gradients(&x, &vars, |x, p| {
+                if is_fused { stack.forward(x, p) } else { stack.forward_layerwise(x, p) }
+            })?;
+            assert_eq!(y.dims(), [0, 16, 16, 3]);
+            assert_eq!(grads[0].dims(), x.dims());
+            for (grad, var) in grads[1..].iter().zip(&vars) {
+                assert_eq!(grad.dims(), var.dims());
+                assert!(grad.flatten_all()?.to_vec1::<f32>()?.iter().all(|v| *v == 0.));
+            }
+        }
     }
     Ok(())
 }

@@ -50,6 +50,8 @@ fn ctrl_c_and_sigterm_save_and_end_cleanly() {
         let run = &name[1..];
         let child = start(folder.path(), &train(run, &LONGER));
         wait_until(|| steps(&path(run)) > 60);
+        // As `timeout` does: to the program, and to all of its group.
+        signal(&child, name);
         signal(&child, name);
         let said: Said = child.wait_with_output().unwrap().into();
         assert_eq!(said.code, Some(code), "{said:?}");

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::support::{fail, run, train};
+use crate::support::{fail, refused, run, train, vq};
 
 /// Nothing may be left where a run was refused.
 fn refuse(more: &[&str], parts: &[&str]) {
@@ -35,6 +35,16 @@ fn overrides_that_fit_nothing() {
     refuse(&["--set=train.epochs"], &["key=value"]);
     refuse(&["--set=train.epochs=many"], &["train.epochs"]);
     refuse(&["--set=model.levels.1.hidden=8"], &["not an index below 1"]);
+}
+
+/// Kernels that were not asked for would compute something else than what was to be compared.
+#[test]
+fn an_instruction_set_that_cannot_be_had() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = vq(folder.path());
+    command.env("VQ_CPU", "avx152").args(train("run", &[]));
+    refused(&command.output().unwrap().into(), &["VQ_CPU", "avx152", "portable"]);
+    assert!(!folder.path().join("run").exists());
 }
 
 #[test]

@@ -1,160 +1,169 @@
-//! Where a training step's time goes: every operation of the standard model by itself.
+//! Where a training step's time goes: every operation of the standard model by itself, and whole steps.
+
+mod layers;
+mod parts;
+mod steps;
 
 use std::fmt::Write as _;
 use std::time::Instant;
 
-use candle_core::{Device, Result, Tensor, Var};
-use vq_ops::{AdamWStep, Conv2d, ConvTranspose2d, Precision, Stack};
+use vq_ops::Precision;
 
-const BATCH: usize = 128;
-/// Each operation runs so often; the median counts.
-const RUNS: usize = 15;
+use super::worker::{BATCH, Result, gemm_operations};
 
-/// A layer of the standard model.
-struct Layer {
-    name: &'static str,
-    /// How often it occurs.
-    count: usize,
-    size: usize,
-    channels: (usize, usize),
-    kernel: usize,
-    stride: usize,
-    transposed: bool,
+/// Everything is measured so often, in turn, so that a machine whose speed drifts slows all of it alike …
+const ROUNDS: usize = 5;
+/// … and each operation runs so often in a round. The median of the rounds' medians counts.
+const RUNS: usize = 5;
+const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
+
+/// A row of the table.
+struct Row {
+    operation: String,
+    /// How often it happens in a step.
+    times: usize,
+    /// In each of [`PRECISIONS`].
+    milliseconds: [f64; 2],
+    work: Work,
 }
 
-const fn layer(
-    name: &'static str,
-    count: usize,
-    size: usize,
-    channels: (usize, usize),
-    (kernel, stride): (usize, usize),
-    transposed: bool,
-) -> Layer {
-    Layer { name, count, size, channels, kernel, stride, transposed }
+/// What an operation does each time.
+enum Work {
+    /// Floating-point operations by the definition, in the precision.
+    Products(f64),
+    /// Floating-point operations in f32, whatever the precision of the model.
+    F32Products(f64),
+    /// Bytes read and written.
+    Bytes(f64),
+    /// Nothing that could be counted.
+    Other,
 }
 
-const LAYERS: [Layer; 9] = [
-    layer("encoder 4×4/2, 3→64, of 32×32", 1, 32, (3, 64), (4, 2), false),
-    layer("encoder 4×4/2, 64→128, of 16×16", 1, 16, (64, 128), (4, 2), false),
-    layer("encoder 3×3, 128→128, of 8×8", 1, 8, (128, 128), (3, 1), false),
-    layer("residual 3×3, 128→32, of 8×8", 4, 8, (128, 32), (3, 1), false),
-    layer("residual 1×1, 32→128, of 8×8", 4, 8, (32, 128), (1, 1), false),
-    layer("encoder 1×1, 128→64, of 8×8", 1, 8, (128, 64), (1, 1), false),
-    layer("decoder 3×3, 64→128, of 8×8", 1, 8, (64, 128), (3, 1), false),
-    layer("decoder transposed 4×4/2, 128→64, of 8×8", 1, 8, (128, 64), (4, 2), true),
-    layer("decoder transposed 4×4/2, 64→3, of 16×16", 1, 16, (64, 3), (4, 2), true),
-];
+/// Operations per second that are possible in each of [`PRECISIONS`], sampled between the operations.
+#[derive(Default)]
+struct Peaks([Vec<f64>; 2]);
 
-/// A table of milliseconds per training step of 128 images.
-pub(super) fn profile(precision: Precision) -> Result<String> {
+impl Peaks {
+    fn sample(&mut self) -> Result<()> {
+        let start = Instant::now();
+        let operations = gemm_operations()?;
+        self.0[0].push(operations / start.elapsed().as_secs_f64());
+        self.0[1].push(vq_ops::passes::bf16_peak());
+        Ok(())
+    }
+
+    fn median(&self) -> [f64; 2] {
+        self.0.each_ref().map(|samples| super::median(samples))
+    }
+}
+
+/// A table of milliseconds per training step of 128 images, in f32 and in bf16.
+pub(super) fn profile() -> Result<String> {
+    let mut peaks = Peaks::default();
+    // The first product starts the threads.
+    gemm_operations()?;
+    let (mut rounds, mut steps, mut loader) = (Vec::new(), [Vec::new(), Vec::new()], Vec::new());
+    for _ in 0..ROUNDS {
+        let mut rows = layers::measure(&mut peaks)?;
+        rows.extend(parts::measure(&mut peaks)?);
+        rounds.push(rows);
+        for (steps, precision) in steps.iter_mut().zip(PRECISIONS) {
+            peaks.sample()?;
+            steps.push(steps::milliseconds(precision)?);
+        }
+        loader.push(parts::loader()?);
+    }
+    let steps = steps.map(|rounds| super::median(&rounds));
+    Ok(table(&merged(rounds), steps, super::median(&loader), peaks.median()))
+}
+
+/// The rows with the medians of all rounds.
+fn merged(mut rounds: Vec<Vec<Row>>) -> Vec<Row> {
+    let mut rows = rounds.pop().unwrap_or_default();
+    for (index, row) in rows.iter_mut().enumerate() {
+        for (precision, milliseconds) in row.milliseconds.iter_mut().enumerate() {
+            let others = rounds.iter().filter_map(|rows| rows.get(index));
+            let mut all: Vec<f64> = others.map(|row| row.milliseconds[precision]).collect();
+            all.push(*milliseconds);
+            *milliseconds = super::median(&all);
+        }
+    }
+    rows
+}
+
+fn table(rows: &[Row], steps: [f64; 2], loader: f64, peaks: [f64; 2]) -> String {
     let mut text = String::from(
-        "| operation | times | forward | input gradient | weight gradient | GFLOP/s |\n|---|---|---|---|---|---|\n",
+        "| operation | times | f32 | rate | of peak | bf16 | rate | of peak |\n\
+         |---|--:|--:|--:|--:|--:|--:|--:|\n",
     );
-    let mut total = 0.;
-    for (index, layer) in LAYERS.iter().enumerate() {
-        let [forward, input, weight] = layer.milliseconds(precision)?;
-        // Nobody asks for the gradient of the images.
-        let input = if index == 0 { 0. } else { input };
-        let passes = if index == 0 { 2. } else { 3. };
-        let sum = forward + input + weight;
-        total += layer.count as f64 * sum;
-        let _ = writeln!(
-            text,
-            "| {} | {} | {forward:.2} ms | {input:.2} ms | {weight:.2} ms | {:.0} |",
-            layer.name,
-            layer.count,
-            passes * layer.operations() / sum / 1e6,
-        );
+    let mut sums = [0.; 2];
+    for Row { operation, times, milliseconds, work } in rows {
+        let _ = write!(text, "| {operation} | {times} |");
+        for (index, one) in milliseconds.iter().enumerate() {
+            let total = one * *times as f64;
+            sums[index] += total;
+            let (rate, share) = work.rate(*one, index, peaks);
+            let _ = write!(text, " {total:.2} ms | {rate} | {share} |");
+        }
+        text.push('\n');
     }
-    for (name, milliseconds) in
-        [("nearest of 512 codes, 8,192 × 64", nearest()?), ("AdamW", adamw()?)]
-    {
-        total += milliseconds;
-        let _ = writeln!(text, "| {name} | 1 | {milliseconds:.2} ms | | | |");
-    }
-    let _ =
-        writeln!(text, "\nSum: {total:.1} ms a step, {:.0} images/s.", BATCH as f64 * 1e3 / total);
-    Ok(text)
-}
-
-impl Layer {
-    /// Floating-point operations of one pass by the definition.
-    fn operations(&self) -> f64 {
-        let side = if self.transposed { self.size } else { self.size / self.stride };
-        let taps = self.kernel * self.kernel * self.channels.0 * self.channels.1;
-        (2 * BATCH * side * side * taps) as f64
-    }
-
-    /// Forward, gradient of the input, gradients of weight and bias. A stack of one layer keeps its
-    /// buffers, as it does within a model.
-    fn milliseconds(&self, precision: Precision) -> Result<[f64; 3]> {
-        let (inner, outer) = self.channels;
-        let (kernel, stride) = (self.kernel, self.stride);
-        let padding = (kernel - stride) / 2;
-        let (in_channels, out_channels) = self.channels;
-        let (layer, shape) = if self.transposed {
-            let config = ConvTranspose2d { stride, padding, ..ConvTranspose2d::default() };
-            (
-                vq_ops::Layer::ConvTranspose2d { in_channels, out_channels, kernel, config },
-                [inner, outer, kernel, kernel],
-            )
-        } else {
-            let config = Conv2d { stride, padding, ..Conv2d::default() };
-            (
-                vq_ops::Layer::Conv2d { in_channels, out_channels, kernel, config },
-                [outer, inner, kernel, kernel],
-            )
-        };
-        let mut stack = Stack::new(vec![layer])?;
-        stack.set_precision(precision);
-        let x = Var::from_tensor(&random(&[BATCH, self.size, self.size, inner])?)?;
-        let parameters = [random(&shape)?, random(&[outer])?];
-        let variables = [Var::from_tensor(&parameters[0])?, Var::from_tensor(&parameters[1])?];
-        let variables = variables.map(|var| var.as_tensor().clone());
-        let constant = x.as_detached_tensor();
-        let backward = |y: Tensor| y.backward().map(|_| ());
-        let forward = median(|()| stack.forward(&constant, &parameters).map(|_| ()), || Ok(()))?;
-        let of_parameters = median(backward, || stack.forward(&constant, &variables))?;
-        let of_all = median(backward, || stack.forward(&x, &variables))?;
-        Ok([forward, of_all - of_parameters, of_parameters])
-    }
-}
-
-fn nearest() -> Result<f64> {
-    let (z, codebook) = (random(&[BATCH * 64, 64])?, random(&[512, 64])?);
-    median(|()| vq_ops::nearest_codes(&z, &codebook).map(|_| ()), || Ok(()))
-}
-
-fn adamw() -> Result<f64> {
-    const PARAMETERS: usize = 695_491;
-    let parameter = Var::from_tensor(&random(&[PARAMETERS])?)?;
-    let [gradient, first, second] = [(); 3].map(|()| random(&[PARAMETERS]));
-    let (gradient, first, second) = (gradient?, first?, second?.sqr()?);
-    let step = AdamWStep {
-        lr: 1e-3,
-        beta1: 0.9,
-        beta2: 0.999,
-        eps: 1e-8,
-        weight_decay: 0.,
-        step: 1,
-        grad_scale: 1.,
-        ema_decay: None,
+    let mut line = |name: &str, values: [f64; 2]| {
+        let [f32, bf16] = values;
+        let _ = writeln!(text, "| {name} | | {f32:.2} ms | | | {bf16:.2} ms | | |");
     };
-    median(|()| vq_ops::adamw_step(&parameter, &gradient, &first, &second, None, &step), || Ok(()))
+    line("sum of these", sums);
+    line("the rest of a step", [steps[0] - sums[0], steps[1] - sums[1]]);
+    line("**a whole training step**", steps);
+    let [f32, bf16] = peaks.map(|peak| peak / 1e9);
+    let [images_f32, images_bf16] = steps.map(|step| BATCH as f64 * 1e3 / step);
+    let _ = writeln!(
+        text,
+        "\nMilliseconds of a training step of {BATCH} images: medians of {ROUNDS} rounds, in each of \
+         which every operation runs {RUNS} times by itself and the real loop {} steps. Times are those of all that a \
+         step does of the operation; steps ({images_f32:.0} images/s \
+         in f32, {images_bf16:.0} in bf16) are the real loop's. Peaks, sampled between the operations: {f32:.0} GFLOP/s of f32 (a GEMM of \
+         2048³) and {bf16:.0} GFLOP/s of bf16 (our own kernel on packed factors that stay in the first-level cache; \
+         a bound on ours, not on the CPU). GFLOP/s count the operations of the definition: minimal filtering \
+         (Winograd) needs fewer and can pass the peak. Kernels: {} and, for bf16, {}. The loader makes a batch in \
+         {loader:.2} ms on a thread of its own, beside the steps; what that takes from them is in the rest, as are \
+         the sums of gradients, the graph, and caches that are colder than in a run of one operation.",
+        steps::STEPS.1,
+        PRECISIONS[0].kernels(),
+        PRECISIONS[1].kernels(),
+    );
+    text
+}
+
+impl Work {
+    /// (rate, share of the peak) of one run.
+    fn rate(&self, milliseconds: f64, precision: usize, peaks: [f64; 2]) -> (String, String) {
+        let (operations, peak) = match self {
+            Self::Products(operations) => (operations, peaks[precision]),
+            Self::F32Products(operations) => (operations, peaks[0]),
+            Self::Bytes(bytes) => {
+                return (format!("{:.1} GB/s", bytes / milliseconds / 1e6), String::new());
+            }
+            Self::Other => return (String::new(), String::new()),
+        };
+        let rate = operations / milliseconds * 1e3;
+        (format!("{:.0} GFLOP/s", rate / 1e9), format!("{:.0}%", 100. * rate / peak))
+    }
 }
 
 /// Milliseconds that `work` takes on what `prepare` makes, whose time does not count.
-fn median<T>(work: impl Fn(T) -> Result<()>, prepare: impl Fn() -> Result<T>) -> Result<f64> {
+fn median<T>(
+    prepare: impl Fn() -> candle_core::Result<T>,
+    mut work: impl FnMut(T) -> candle_core::Result<()>,
+) -> Result<f64> {
     let mut times = Vec::with_capacity(RUNS);
-    for _ in 0..RUNS {
+    for run in 0..=RUNS {
         let prepared = prepare()?;
         let start = Instant::now();
         work(prepared)?;
-        times.push(start.elapsed().as_secs_f64() * 1e3);
+        // The first one takes memory that the others use again.
+        if run > 0 {
+            times.push(start.elapsed().as_secs_f64() * 1e3);
+        }
     }
     Ok(super::median(&times))
-}
-
-fn random(shape: &[usize]) -> Result<Tensor> {
-    Tensor::rand(-1f32, 1., shape, &Device::Cpu)
 }

@@ -1,6 +1,7 @@
 """The measured programs on PyTorch's side: `pytorch.py WORK WAY`, told when to work on standard input.
 
-Answers each line with: units done, seconds, peak memory in MiB. The model is the standard one of the
+Answers each line with: units done, seconds, peak memory in MiB and, for a search, how many MiB more than before
+it took at most. `pytorch.py version` says which PyTorch it is. The model is the standard one of the
 benchmark (Sonnet's CIFAR-10 VQ-VAE with a gradient codebook), the loss and the optimizer those of the
 recipe cifar10-paper.
 """
@@ -11,6 +12,11 @@ import sys
 import time
 
 import torch
+
+if sys.argv[1:] == ["version"]:
+    print(torch.__version__)
+    sys.exit()
+
 import torch.nn as nn
 import torch.nn.functional as F
 
@@ -18,7 +24,7 @@ torch.set_num_threads(int(os.environ.get("RAYON_NUM_THREADS", os.cpu_count())))
 sys.path.insert(0, str(pathlib.Path(__file__).parents[3] / "crates/vq-prior/tests/golden"))
 import networks
 
-BATCH, BATCHES, VECTORS = 128, 16, 65_536
+BATCH, BATCHES, IMAGES, VECTORS = 128, 16, 10_000, 65_536
 PRIORS = {
     "pixelcnn": dict(channels=128, layers=10, hidden=256, skip=128, first=5, kernel=3),
     "transformer": dict(channels=256, layers=6, hidden=256, mlp=512),
@@ -94,16 +100,18 @@ def train():
 
 
 def forward():
+    """A set as large as CIFAR-10's for testing, batch by batch; the last batch is smaller."""
     model = standard().eval()
-    run = torch.compile(model) if compiled else model
-    x = images()
+    run = torch.compile(model, dynamic=False) if compiled else model
+    pixels = torch.randint(0, 256, (IMAGES, 3, 32, 32), dtype=torch.uint8)
 
     def piece():
         with torch.no_grad():
-            for _ in range(BATCHES):
-                run(x)
+            for part in pixels.split(BATCH):
+                x = part.float() / 255 - 0.5
+                run(x.contiguous(memory_format=torch.channels_last) if channels_last else x)
 
-    return BATCHES * BATCH, piece
+    return IMAGES, piece
 
 
 def prior():
@@ -155,15 +163,36 @@ def search(codes):
     return VECTORS, piece
 
 
+def memory(name):
+    """A line of what Linux says of this process's memory, in MiB."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(name))
+
+
+def growth(piece):
+    """By how many MiB the resident memory grows while the piece runs, at most."""
+    try:
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        before = memory("VmRSS")
+        piece()
+        return [memory("VmHWM") - before]
+    except OSError:
+        return []
+
+
+more = []
 if work.startswith("search"):
     units, piece = search(int(work.split("-")[1]))
+    # What is compiled, and the threads, are there already.
+    piece()
+    more = growth(piece)
 else:
     units, piece = {"train": train, "forward": forward, "pixelcnn": prior, "transformer": prior}[work]()
-piece()
+    piece()
 print("ready", flush=True)
 for _ in sys.stdin:
     start = time.perf_counter()
     piece()
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(units, seconds, peak, flush=True)
+    print(units, seconds, peak, *more, flush=True)

@@ -196,7 +196,7 @@ fn pictures(device: &Device, report: &mut Report) {
         let pixels: Vec<u8> =
             noise(&[20 * 3 * 32 * 32], 1).iter().map(|v| (v * 127.) as u8).collect();
         let pixels = Tensor::from_vec(pixels, (20, 3, 32, 32), device)?;
-        let picks = Tensor::new(&[3u32, MIRRORED | 19, 0, MIRRORED], device)?;
+        let picks = Tensor::new(&[3u32, MIRRORED | 0x13, 0, MIRRORED], device)?;
         let tables = Tensor::from_vec(noise(&[768], 2), (3, 256), device)?;
         vq_ops::gather_images(&pixels, &picks, &tables)?.flatten_all()?.to_vec1()
     };

@@ -127,6 +127,9 @@ pub(crate) fn large_to_small(
     buffers: &Buffers,
     small: Output<'_>,
 ) {
+    if geometry.small.len() == 0 {
+        return;
+    }
     let patches = geometry.patches(relu);
     let target = Target { images: geometry.small, scale: 1, phase: (0, 0) };
     let axes = Axes::new(geometry.weight_shape(), DepthAxis::Inner);
@@ -154,6 +157,9 @@ pub(crate) fn small_to_large(
     buffers: &Buffers,
     large: Output<'_>,
 ) {
+    if geometry.large.len() == 0 {
+        return;
+    }
     let small = Source::new(geometry, small, relu, buffers);
     if geometry.large.channels <= FEW_CHANNELS {
         return finish.widened(|finish| {
@@ -353,7 +359,7 @@ fn scatter(
     finish: Finish<'_>,
     large: &mut [f32],
 ) {
-    let kernels = kernels();
+    let (kernels, bf16_kernels) = (kernels(), bf16::kernels::kernels());
     let Geometry { large: to, small: from, kernel, stride, padding, dilation, .. } = *geometry;
     let area = kernel.0 * kernel.1;
     let columns = area * to.channels;
@@ -395,7 +401,8 @@ fn scatter(
             Source::Bf16(x) => {
                 let (x, sink) = (&x.halves()[elements], Sink::new(Output::F32(products)));
                 let (patches, panels, finish) = (&patches, &pairs, Finish::default());
-                PatchProduct { patches, x, panels, finish, target }.rows(0..rows, sink);
+                let kernels = bf16_kernels;
+                PatchProduct { kernels, patches, x, panels, finish, target }.rows(0..rows, sink);
             }
         }
     };

@@ -7,6 +7,8 @@ pub(crate) mod activation;
 pub(crate) mod adamw;
 pub(crate) mod bf16;
 pub(crate) mod buffers;
+pub(crate) mod choice;
+mod codebook;
 pub(crate) mod conv;
 pub(crate) mod elements;
 pub(crate) mod nearest;
@@ -40,10 +42,4 @@ impl<T: Copy> SharedMut<T> {
     pub(crate) fn get(self) -> *mut T {
         self.0
     }
-}
-
-/// The first of all kernels that this CPU can run, or the ones that the environment variable `VQ_CPU` names.
-fn wanted<K>(available: Vec<&'static K>, name: impl Fn(&K) -> &str) -> Option<&'static K> {
-    let wanted = std::env::var("VQ_CPU").unwrap_or_default();
-    available.into_iter().find(|kernels| wanted.is_empty() || name(kernels) == wanted)
 }

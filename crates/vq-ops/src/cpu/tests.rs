@@ -1,5 +1,10 @@
 //! Every kernel against its definition, on every instruction set that this CPU has.
 
+mod accumulation;
+mod empty;
+mod search;
+mod threads;
+
 use proptest::prelude::*;
 
 use super::bf16;
@@ -8,10 +13,9 @@ use super::bf16::kernels::round;
 use super::buffers::Buffers;
 use super::conv::{Finish, Geometry, large_to_small, small_to_large};
 use super::elements::{Elements, Output};
-use super::nearest::{NotFinite, nearest, statistics};
 use super::pack::Images;
 use super::tile::{FORCED, available};
-use super::weight_gradient::{column_sums, weight_gradient};
+use super::weight_gradient::weight_gradient;
 use crate::Precision;
 
 /// Numbers in [-1, 1) that look random and are the same everywhere.
@@ -248,36 +252,6 @@ proptest! {
             check_geometry(&g, relu, finish);
         }
     }
-
-    #[test]
-    fn nearest_codes_equal_direct_differences_in_f64(
-        count in 1usize..300, codes in 1usize..1100, dim in 1usize..70, seed in any::<u64>(),
-        offset in prop::sample::select(vec![0f32, 1., 1e3]), grid in any::<bool>(),
-    ) {
-        // On a coarse grid many distances tie; far from the origin the expanded form cancels.
-        let place = |v: f32| offset + if grid { (v * 2.).round() } else { v };
-        let z: Vec<f32> = noise(count * dim, seed).into_iter().map(place).collect();
-        let codebook: Vec<f32> = noise(codes * dim, !seed).into_iter().map(place).collect();
-        let expected: Vec<u32> = z.chunks(dim).map(|z| direct(z, &codebook)).collect();
-        on_every_cpu(|cpu| {
-            assert_eq!(nearest(&z, &codebook, dim).as_ref(), Ok(&expected), "{cpu}");
-            let alone = nearest(&z[..dim], &codebook, dim);
-            assert_eq!(alone, Ok(vec![expected[0]]), "{cpu}: a row depends on its batch");
-        });
-    }
-}
-
-fn direct(z: &[f32], codebook: &[f32]) -> u32 {
-    let distance = |e: &[f32]| -> f64 {
-        z.iter().zip(e).map(|(z, e)| (f64::from(*z) - f64::from(*e)).powi(2)).sum()
-    };
-    let mut best = (f64::INFINITY, 0);
-    for (code, e) in codebook.chunks(z.len()).enumerate() {
-        if distance(e) < best.0 {
-            best = (distance(e), code as u32);
-        }
-    }
-    best.1
 }
 
 #[test]
@@ -301,73 +275,6 @@ fn the_layers_of_the_standard_model_equal_the_definition() {
 fn a_convolution_with_as_many_channels_as_rows_and_columns() {
     let f32 = Precision::F32;
     check_geometry(&geometry((1, 4, 4), (4, 4), (3, 3), (1, 1, 1), f32).unwrap(), false, false);
-}
-
-#[test]
-fn results_do_not_depend_on_the_number_of_threads() {
-    for precision in [Precision::F32, Precision::Bf16] {
-        check_thread_counts(precision);
-    }
-}
-
-fn check_thread_counts(precision: Precision) {
-    let g = geometry((9, 16, 16), (48, 64), (4, 4), (2, 1, 1), precision).unwrap();
-    let (large, small) = (noise(g.large.len(), 1), noise(g.small.len(), 2));
-    let weight = noise(g.weight_len(), 3);
-    let codebook = noise(700 * 64, 4);
-    let run = |threads| {
-        let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-        pool.install(|| {
-            let buffers = Buffers::default();
-            let (x, y) = (Elements::F32(&large), Elements::F32(&small));
-            let mut a = vec![0.; small.len()];
-            let to = Output::F32(&mut a);
-            large_to_small(&g, x, true, &weight, Finish::default(), &buffers, to);
-            let mut b = vec![0.; large.len()];
-            let to = Output::F32(&mut b);
-            small_to_large(&g, y, true, &weight, Finish::default(), &buffers, to);
-            let mut c = vec![0.; weight.len()];
-            weight_gradient(&g, (x, false), (y, false), &buffers, &mut c);
-            let mut d = vec![0.; g.small.channels];
-            column_sums(y, g.small.channels, &mut d);
-            let codes = nearest(&small, &codebook, 64).unwrap();
-            let sums = statistics(&small, &codes, 64, 700);
-            let bits = |v: Vec<f32>| v.into_iter().map(f32::to_bits).collect::<Vec<u32>>();
-            (bits(a), bits(b), bits(c), bits(d), codes, bits(sums.0), bits(sums.1))
-        })
-    };
-    let one = run(1);
-    assert!(one == run(2) && one == run(5));
-}
-
-#[test]
-fn values_that_are_not_finite_are_named() {
-    let codebook = noise(600 * 5, 1);
-    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
-        let mut z = noise(200 * 5, 2);
-        z[131 * 5 + 3] = bad;
-        let mut broken = codebook.clone();
-        broken[17 * 5] = bad;
-        on_every_cpu(|cpu| {
-            assert_eq!(nearest(&z, &codebook, 5), Err(NotFinite::Vector(131)), "{cpu}");
-            assert_eq!(nearest(&codebook, &broken, 5), Err(NotFinite::Code(17)), "{cpu}");
-        });
-    }
-}
-
-#[test]
-fn equal_codes_give_the_lowest_index() {
-    let codebook = vec![0.25; 1000 * 3];
-    let z = noise(500 * 3, 7);
-    on_every_cpu(|_| assert_eq!(nearest(&z, &codebook, 3), Ok(vec![0; 500])));
-}
-
-#[test]
-fn statistics_count_and_add() {
-    let z = [1., 2., 10., 20., 100., 200.];
-    let (counts, sums) = statistics(&z, &[2, 0, 2], 2, 4);
-    assert_eq!(counts, [1., 0., 2., 0.]);
-    assert_eq!(sums, [10., 20., 0., 0., 101., 202., 0., 0.]);
 }
 
 #[test]

@@ -2,9 +2,9 @@
 
 use std::sync::OnceLock;
 
+use super::choice::wanted;
 use super::pack::{CopyFn, Gather, GatherFn, gather};
 use super::vector::{Portable, Vector};
-use super::wanted;
 use super::winograd_transform::{self as winograd, Filter, Transforms};
 
 /// How deep a product runs before its sums go back to memory: one panel of `DEPTH × columns` then
@@ -14,7 +14,7 @@ pub(crate) const DEPTH: usize = 192;
 /// the rows of a tile fall into different cache sets.
 pub(crate) const ROW: usize = DEPTH + 16;
 /// Registers in a row of a panel.
-const PANEL_REGISTERS: usize = 2;
+pub(crate) const PANEL_REGISTERS: usize = 2;
 
 /// One tile: `c[rows[i] + j] (+)= Σ_d a(i, d) · b[d][j]`, then bias, mask and residual.
 pub(crate) struct Tile {
@@ -133,7 +133,8 @@ impl Kernels {
     }
 }
 
-/// The best kernels for this CPU. `VQ_CPU=avx2` or `portable` asks for less, for comparisons.
+/// The best kernels for this CPU. `VQ_CPU=avx2` or `portable` asks for less, for comparisons; names of
+/// instructions for bf16 mean the best kernels below them.
 pub(crate) fn kernels() -> &'static Kernels {
     static CHOICE: OnceLock<&'static Kernels> = OnceLock::new();
     #[cfg(test)]

@@ -21,7 +21,7 @@ const PARTS: usize = 32;
 
 /// The weight's gradient `[outer, inner, KH, KW]`, `Σ_m small[m, outer] · patch_m(large)[inner, ky,
 /// kx]`: for a convolution `small` is the output's gradient and `large` the input; for a transposed
-/// one `small` is the input and `large` the output's gradient.
+/// one `small` is the input and `large` the output's gradient. Zeros for an empty batch.
 pub(crate) fn weight_gradient(
     geometry: &Geometry,
     large: (Elements<'_>, /* relu */ bool),
@@ -30,6 +30,10 @@ pub(crate) fn weight_gradient(
     gradient: &mut [f32],
 ) {
     let patches = geometry.patches(large.1);
+    if patches.rows() == 0 {
+        gradient.fill(0.);
+        return;
+    }
     if geometry.precision == Precision::Bf16 {
         let [large, small] = [large, small].map(|(x, relu)| Rounded::new(x, relu, buffers));
         bf16::weight_gradient::weight_gradient(

@@ -5,7 +5,7 @@ use std::ptr::{null, null_mut};
 
 use rayon::prelude::*;
 
-use super::kernels::{PANEL, Product, STEP, Store, kernels, round};
+use super::kernels::{Kernels, PANEL, Product, STEP, Store, kernels, round};
 use super::{LINE, halves, with_words, words};
 use crate::cpu::SharedMut;
 use crate::cpu::buffers::Buffers;
@@ -37,9 +37,10 @@ pub(crate) fn multiply(
     let mut memory = buffers.take(length + LINE);
     let panels = words(&mut memory, length);
     weight_panels(weight, axes, &patches.taps, panels);
-    let job = PatchProduct { patches, x, panels, finish, target };
+    let kernels = kernels();
+    let job = PatchProduct { kernels, patches, x, panels, finish, target };
     let rows = patches.rows();
-    let task_rows = BLOCKS * block(kernels().rows);
+    let task_rows = BLOCKS * block(kernels.rows);
     (0..rows.div_ceil(task_rows)).into_par_iter().for_each(|task| {
         let first = task * task_rows;
         job.rows(first..(first + task_rows).min(rows), sink);
@@ -76,6 +77,8 @@ impl Sink {
 
 /// Patches times a weight that was cut into panels.
 pub(crate) struct PatchProduct<'a> {
+    /// Of the thread that began: tests choose them by thread.
+    pub kernels: &'static Kernels,
     pub patches: &'a Patches,
     /// After the ReLU that the patches may ask for.
     pub x: &'a [u16],
@@ -88,14 +91,14 @@ pub(crate) struct PatchProduct<'a> {
 impl PatchProduct<'_> {
     /// All columns of some rows. No two tasks may take the same row.
     pub(crate) fn rows(&self, rows: Range<usize>, sink: Sink) {
-        let block = block(kernels().rows);
+        let block = block(self.kernels.rows);
         for first in rows.clone().step_by(block) {
             self.block(first..(first + block).min(rows.end), sink);
         }
     }
 
     fn block(&self, rows: Range<usize>, sink: Sink) {
-        let kernels = kernels();
+        let kernels = self.kernels;
         let columns = self.target.channels();
         let pairs = padded_pairs(self.patches.depth());
         // A depth without taps still stores bias and residual.
@@ -190,7 +193,7 @@ impl PatchProduct<'_> {
         // SAFETY: the kernels fit this CPU.
         #[allow(unsafe_code)]
         unsafe {
-            (kernels().gather)(job);
+            (self.kernels.gather)(job);
         }
     }
 }

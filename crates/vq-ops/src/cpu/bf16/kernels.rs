@@ -2,9 +2,9 @@
 
 use std::sync::OnceLock;
 
+use crate::cpu::choice::wanted;
 use crate::cpu::pack::{self, Gather, GatherFn};
 use crate::cpu::vector::{Portable, Vector};
-use crate::cpu::wanted;
 
 /// Columns in a panel of the second operand.
 pub(crate) const PANEL: usize = 32;

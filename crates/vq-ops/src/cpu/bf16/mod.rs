@@ -8,6 +8,7 @@
 mod amx;
 pub(crate) mod conv;
 pub(crate) mod kernels;
+pub(crate) mod peak;
 pub(crate) mod weight_gradient;
 
 use rayon::prelude::*;

@@ -91,7 +91,7 @@ pub(crate) fn weight_gradient(
             }
         });
     });
-    reduce(geometry, patches, &sums[skip..], (parts, height, width), gradient);
+    reduce(kernels, geometry, patches, &sums[skip..], (parts, height, width), gradient);
 }
 
 /// Rows `pixels` of `[M, channels]` as pairs of pixels, `[channels][CHANNEL_STEP]`; zeros behind the
@@ -179,6 +179,7 @@ fn paired_panels(
 
 /// Adds the parts in order and brings `[outer][taps · inner]` to `[outer, inner, KH, KW]`.
 fn reduce(
+    kernels: &Kernels,
     geometry: &Geometry,
     patches: &Patches,
     sums: &[f32],
@@ -197,7 +198,7 @@ fn reduce(
                 // SAFETY: both have `depth` elements; the kernels fit this CPU.
                 #[allow(unsafe_code)]
                 unsafe {
-                    (kernels().add)(from.as_ptr(), total.as_mut_ptr(), depth);
+                    (kernels.add)(from.as_ptr(), total.as_mut_ptr(), depth);
                 }
             }
             for (tap, values) in patches.taps.iter().zip(total.chunks(inner)) {
