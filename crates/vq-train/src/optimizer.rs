@@ -280,8 +280,8 @@ fn assign(parameters: &Parameters, values: &BTreeMap<String, Tensor>) -> Result<
 }
 
 /// Copies `value` into the storage of `target`.
-fn set(target: &Tensor, value: &Tensor) -> Result<()> {
-    Ok(target.flatten_all()?.slice_set(&value.contiguous()?.flatten_all()?, 0, 0)?)
+pub(crate) fn set(target: &Tensor, value: &Tensor) -> candle_core::Result<()> {
+    target.flatten_all()?.slice_set(&value.contiguous()?.flatten_all()?, 0, 0)
 }
 
 #[cfg(test)]

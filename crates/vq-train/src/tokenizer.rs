@@ -144,15 +144,8 @@ impl Repeats<Part, Residue> for Tokenizer {
     }
 
     fn revive(&self, residue: &Residue, step: u64) -> Result<Update> {
-        let mut update = Update::default();
         let options = self.codebook_update();
-        for (parameter, codes) in self.model.revive_codes(&residue.z_e, &options, step)? {
-            update.revived += codes.len();
-            if let Some(parameter) = parameter.filter(|_| !codes.is_empty()) {
-                update.reset_rows.push((parameter, codes));
-            }
-        }
-        Ok(update)
+        Ok(revivals(self.model.revive_codes(&residue.z_e, &options, step)?))
     }
 }
 
@@ -259,16 +252,7 @@ impl Trainable for Tokenizer {
     fn update(&mut self, residue: Residue, step: u64) -> Result<Update> {
         let options = self.codebook_update();
         let reports = self.model.update_codebooks(&residue.z_e, &residue.codes, &options, step)?;
-        let mut update = Update::default();
-        for report in reports {
-            update.revived += report.revived.len();
-            if let Some(parameter) = report.parameter
-                && !report.revived.is_empty()
-            {
-                update.reset_rows.push((parameter, report.revived));
-            }
-        }
-        Ok(update)
+        Ok(revivals(reports.into_iter().map(|report| (report.parameter, report.revived))))
     }
 
     fn repeats(&self) -> Option<&dyn Repeats<Part, Residue>> {
@@ -369,6 +353,18 @@ fn revival_concern(threshold: f64, mean: f64, decay: f64) -> Option<String> {
              fewer codes, a quantizer.decay nearer to 1, or a lower threshold"
         )
     })
+}
+
+/// What reviving codes did, of each codebook: the name of its parameter, if it is one, and its codes.
+fn revivals(codebooks: impl IntoIterator<Item = (Option<String>, Vec<usize>)>) -> Update {
+    let mut update = Update::default();
+    for (parameter, codes) in codebooks {
+        update.revived += codes.len();
+        if let Some(parameter) = parameter.filter(|_| !codes.is_empty()) {
+            update.reset_rows.push((parameter, codes));
+        }
+    }
+    update
 }
 
 fn check_shape(config: &Config, splits: &Splits) -> Result<()> {

@@ -6,7 +6,7 @@ use vq_ops::{CodebookAverages, StepNumber, average_codebook, code_statistics};
 use super::VectorQuantizer;
 use super::kmeans::seed_rows;
 use crate::random::Stream;
-use crate::{CodebookRule, Error, Result};
+use crate::{Error, Result};
 
 /// Settings of [`VqVae::update_codebooks`](crate::VqVae::update_codebooks).
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -113,10 +113,7 @@ pub(super) fn report(
     counts: Tensor,
     revived: Vec<usize>,
 ) -> CodebookReport {
-    let parameter = match quantizer.config.rule {
-        CodebookRule::Gradient => Some(format!("{}.codebook", quantizer.name)),
-        CodebookRule::Ema => None,
-    };
+    let parameter = quantizer.parameter();
     CodebookReport { counts, revived, codebook: quantizer.name.clone(), parameter }
 }
 

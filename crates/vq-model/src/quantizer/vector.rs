@@ -86,6 +86,14 @@ impl VectorQuantizer {
         }
     }
 
+    /// The name of the codebook, where the optimizer trains it.
+    pub(super) fn parameter(&self) -> Option<String> {
+        match self.config.rule {
+            CodebookRule::Gradient => Some(format!("{}.codebook", self.name)),
+            CodebookRule::Ema => None,
+        }
+    }
+
     /// All code vectors `[K,D]`, detached; of length 1 if `cosine`.
     pub(super) fn codebook(&self) -> Result<Tensor> {
         self.scaled(&self.codebook.as_detached_tensor())
@@ -169,11 +177,6 @@ impl Quantizer for VectorQuantizer {
         options: &CodebookUpdate,
         step: u64,
     ) -> Result<Vec<(Option<String>, Vec<usize>)>> {
-        let revived = update::revive_if_due(self, z_e, options, step)?;
-        let parameter = match self.config.rule {
-            CodebookRule::Gradient => Some(format!("{}.codebook", self.name)),
-            CodebookRule::Ema => None,
-        };
-        Ok(vec![(parameter, revived)])
+        Ok(vec![(self.parameter(), update::revive_if_due(self, z_e, options, step)?)])
     }
 }

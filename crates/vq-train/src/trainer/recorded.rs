@@ -10,7 +10,7 @@ use vq_ops::{Recording, StepNumber, can_record, rehearse};
 
 use super::Trainer;
 use super::pending::{Norm, PartOfStep, Report, Seen};
-use crate::optimizer::{Clip, Numbers};
+use crate::optimizer::{self, Clip, Numbers};
 use crate::schedule::learning_rate;
 use crate::trainable::Repeats;
 use crate::{Figures, Metrics, Result, Trainable, WarningKind};
@@ -255,7 +255,7 @@ fn keep<R, B>(
 /// Copies `from` into the storage of `to`.
 fn set(to: &Tensor, from: &Tensor) -> candle_core::Result<()> {
     if to.dtype() == DType::F32 || to.dtype() == DType::U32 {
-        return to.flatten_all()?.slice_set(&from.detach().contiguous()?.flatten_all()?, 0, 0);
+        return optimizer::set(to, &from.detach());
     }
     candle_core::bail!("a recorded step keeps f32 and u32, not {:?}", to.dtype())
 }
