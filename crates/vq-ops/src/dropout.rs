@@ -26,8 +26,9 @@ pub fn dropout(x: &Tensor, p: f64, seed: u64) -> Result<Tensor> {
     }
 }
 
-#[derive(Clone, Copy)]
-struct Mask {
+/// Which elements of a tensor are dropped, and what the others are multiplied by.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mask {
     /// Hashes below it are dropped.
     threshold: u32,
     scale: f32,
@@ -35,7 +36,7 @@ struct Mask {
 }
 
 impl Mask {
-    fn new(p: f64, seed: u64) -> Self {
+    pub(crate) fn new(p: f64, seed: u64) -> Self {
         // Seeds that differ in one bit must differ in many.
         let mixed = (seed ^ (seed >> 31)).wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let mixed = (mixed ^ (mixed >> 29)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
@@ -52,6 +53,16 @@ impl Mask {
         hash = (hash ^ (hash >> 13) ^ self.seed[1]).wrapping_mul(0xc2b2_ae35);
         hash ^= hash >> 16;
         if hash < self.threshold { 0.0 } else { self.scale }
+    }
+}
+
+impl Mask {
+    /// Drops some of the elements from number `first` on.
+    #[inline(always)]
+    pub(crate) fn apply(&self, values: &mut [f32], first: usize) {
+        for (i, value) in values.iter_mut().enumerate() {
+            *value *= self.factor(first + i);
+        }
     }
 }
 

@@ -257,16 +257,23 @@ impl CustomOp3 for GateSum {
     }
 }
 
+/// The gate of a row `x` `[2C]` and the vector that is added to it.
 #[inline(always)]
-fn gate_row(x: &[f32], s_a: &[f32], s_b: &[f32], y: &mut [f32]) {
+pub(crate) fn gate_row(x: &[f32], s_a: &[f32], s_b: &[f32], y: &mut [f32]) {
     let (a, b) = x.split_at(y.len());
     for ((((y, a), b), s_a), s_b) in y.iter_mut().zip(a).zip(b).zip(s_a).zip(s_b) {
         *y = tanh(a + s_a) * sigmoid(b + s_b);
     }
 }
 
+/// The gradient of [`gate_row`] by `x`.
 #[inline(always)]
-fn gate_row_gradient(x: &[f32], (s_a, s_b): (&[f32], &[f32]), grad: &[f32], dx: &mut [f32]) {
+pub(crate) fn gate_row_gradient(
+    x: &[f32],
+    (s_a, s_b): (&[f32], &[f32]),
+    grad: &[f32],
+    dx: &mut [f32],
+) {
     let (a, b) = x.split_at(grad.len());
     let (da, db) = dx.split_at_mut(grad.len());
     let inputs = a.iter().zip(b).zip(s_a).zip(s_b).zip(grad);

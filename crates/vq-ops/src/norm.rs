@@ -71,11 +71,18 @@ struct RmsNorm {
     epsilon: f32,
 }
 
-impl RmsNorm {
-    /// 1 / √(mean(x²) + ε).
-    #[inline(always)]
-    fn factor(&self, x: &[f32]) -> f32 {
-        1.0 / (dot(x, x) / x.len() as f32 + self.epsilon).sqrt()
+/// 1 / √(mean(x²) + ε).
+#[inline(always)]
+pub(crate) fn norm_factor(x: &[f32], epsilon: f32) -> f32 {
+    1.0 / (dot(x, x) / x.len() as f32 + epsilon).sqrt()
+}
+
+/// The norm of a row.
+#[inline(always)]
+pub(crate) fn norm_row(x: &[f32], (gain, shift): (&[f32], &[f32]), epsilon: f32, y: &mut [f32]) {
+    let factor = norm_factor(x, epsilon);
+    for (((y, x), gain), shift) in y.iter_mut().zip(x).zip(gain).zip(shift) {
+        *y = x * factor * gain + shift;
     }
 }
 
@@ -105,10 +112,7 @@ impl CustomOp3 for RmsNorm {
             let shift = self.sizes.vector(shifts, image);
             vectorized(|| {
                 for (y, x) in y.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
-                    let factor = self.factor(x);
-                    for (((y, x), gain), shift) in y.iter_mut().zip(x).zip(gain).zip(shift) {
-                        *y = x * factor * gain + shift;
-                    }
+                    norm_row(x, (gain, shift), self.epsilon, y);
                 }
             });
         });
@@ -144,13 +148,8 @@ impl CustomOp3 for RmsNorm {
                         vectorized(|| {
                             let rows = dx.chunks_exact_mut(channels).zip(x.chunks_exact(channels));
                             for ((dx, x), grad) in rows.zip(grad.chunks_exact(channels)) {
-                                self.row_gradient(x, gain, grad, dx);
-                                let factor = self.factor(x);
-                                let sums = dgain.iter_mut().zip(dshift.iter_mut());
-                                for (((dgain, dshift), x), g) in sums.zip(x).zip(grad) {
-                                    *dgain += g * x * factor;
-                                    *dshift += g;
-                                }
+                                let sums = (&mut *dgain, &mut *dshift);
+                                norm_row_gradient(x, gain, self.epsilon, grad, dx, sums);
                             }
                         });
                     });
@@ -168,18 +167,28 @@ impl CustomOp3 for RmsNorm {
     }
 }
 
-impl RmsNorm {
-    /// With x̂ = x·r and h = grad ⊙ gain: dx = r·(h − x̂·mean(h ⊙ x̂)).
-    #[inline(always)]
-    fn row_gradient(&self, x: &[f32], gain: &[f32], grad: &[f32], dx: &mut [f32]) {
-        let factor = self.factor(x);
-        for ((dx, gain), g) in dx.iter_mut().zip(gain).zip(grad) {
-            *dx = g * gain;
-        }
-        let mean = dot(dx, x) * factor * factor / x.len() as f32;
-        for (dx, x) in dx.iter_mut().zip(x) {
-            *dx = factor * (*dx - x * mean);
-        }
+/// The gradients of a row's norm: of the row, and added to those of gain and shift. With x̂ = x·r and
+/// h = grad ⊙ gain: dx = r·(h − x̂·mean(h ⊙ x̂)).
+#[inline(always)]
+pub(crate) fn norm_row_gradient(
+    x: &[f32],
+    gain: &[f32],
+    epsilon: f32,
+    grad: &[f32],
+    dx: &mut [f32],
+    (dgain, dshift): (&mut [f32], &mut [f32]),
+) {
+    let factor = norm_factor(x, epsilon);
+    for ((dx, gain), g) in dx.iter_mut().zip(gain).zip(grad) {
+        *dx = g * gain;
+    }
+    let mean = dot(dx, x) * factor * factor / x.len() as f32;
+    for (dx, x) in dx.iter_mut().zip(x) {
+        *dx = factor * (*dx - x * mean);
+    }
+    for (((dgain, dshift), x), g) in dgain.iter_mut().zip(dshift).zip(x).zip(grad) {
+        *dgain += g * x * factor;
+        *dshift += g;
     }
 }
 

@@ -128,16 +128,22 @@ impl CustomOp1 for AttentionWeights {
                         for (query, ((ds, p), g)) in rows.zip(grad.chunks(self.keys)).enumerate() {
                             let seen = self.seen(query);
                             let (p, g) = (&p[..seen], &g[..seen]);
-                            let mean = dot(p, g);
-                            for ((ds, p), g) in ds.iter_mut().zip(p).zip(g) {
-                                *ds = self.scale * p * (g - mean);
-                            }
+                            softmax_gradient(p, self.scale, g, ds);
                         }
                     });
                 });
             })
         })??;
         Tensor::from_vec(ds, scores.shape(), scores.device()).map(Some)
+    }
+}
+
+/// The gradient of [`softmax`] by the scores, from the weights that it gave.
+#[inline(always)]
+pub(crate) fn softmax_gradient(weights: &[f32], scale: f32, grad: &[f32], of_scores: &mut [f32]) {
+    let mean = dot(weights, grad);
+    for ((of_score, weight), grad) in of_scores.iter_mut().zip(weights).zip(grad) {
+        *of_score = scale * weight * (grad - mean);
     }
 }
 
@@ -218,8 +224,9 @@ impl CustomOp2 for CrossEntropy {
 /// Rows that a task takes.
 const ROWS: usize = 32;
 
+/// Softmax of `scale` · scores.
 #[inline(always)]
-fn softmax(scores: &[f32], scale: f32, weights: &mut [f32]) {
+pub(crate) fn softmax(scores: &[f32], scale: f32, weights: &mut [f32]) {
     let max = max_of(scores);
     for (weight, score) in weights.iter_mut().zip(scores) {
         *weight = exp((score - max) * scale);

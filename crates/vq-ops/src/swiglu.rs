@@ -40,10 +40,7 @@ impl CustomOp1 for SwiGlu {
         y.par_chunks_mut(rows * half).zip(x.par_chunks(2 * rows * half)).for_each(|(y, x)| {
             vectorized(|| {
                 for (y, x) in y.chunks_exact_mut(half).zip(x.chunks_exact(2 * half)) {
-                    let (a, b) = x.split_at(half);
-                    for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
-                        *y = a / (1.0 + exp(-a)) * b;
-                    }
+                    swiglu_row(x, y);
                 }
             });
         });
@@ -75,8 +72,18 @@ impl CustomOp1 for SwiGlu {
     }
 }
 
+/// A row `[2C]` to `[C]`.
 #[inline(always)]
-fn swiglu_row_gradient(x: &[f32], grad: &[f32], dx: &mut [f32]) {
+pub(crate) fn swiglu_row(x: &[f32], y: &mut [f32]) {
+    let (a, b) = x.split_at(y.len());
+    for ((y, a), b) in y.iter_mut().zip(a).zip(b) {
+        *y = a / (1.0 + exp(-a)) * b;
+    }
+}
+
+/// The gradient of [`swiglu_row`].
+#[inline(always)]
+pub(crate) fn swiglu_row_gradient(x: &[f32], grad: &[f32], dx: &mut [f32]) {
     let (a, b) = x.split_at(grad.len());
     let (da, db) = dx.split_at_mut(grad.len());
     for (((a, b), grad), (da, db)) in a.iter().zip(b).zip(grad).zip(da.iter_mut().zip(db)) {

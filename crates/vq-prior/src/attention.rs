@@ -34,6 +34,11 @@ impl Attention {
         Ok(Self { query, key, value, output, channels, heads })
     }
 
+    /// Query, key, value, output.
+    pub(crate) fn parts(&self) -> [&Conv; 4] {
+        [&self.query, &self.key, &self.value, &self.output]
+    }
+
     /// `[B,h,w,C]` to the same shape. Where `causal`, a position sees itself and those before it in raster
     /// order; otherwise all.
     pub(crate) fn forward(&self, x: &Tensor, causal: bool, mode: Mode) -> Result<Tensor> {

@@ -33,8 +33,12 @@ impl Mode {
 
     /// Dropout at the place `site` of the network.
     pub(crate) fn drop(self, x: &Tensor, site: usize) -> Result<Tensor> {
-        let seed = self.seed.wrapping_add((site as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-        Ok(vq_ops::dropout(x, self.dropout, seed)?)
+        Ok(vq_ops::dropout(x, self.dropout, self.drop_seed(site))?)
+    }
+
+    /// What decides which activations are dropped there.
+    pub(crate) fn drop_seed(self, site: usize) -> u64 {
+        self.seed.wrapping_add((site as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 }
 
@@ -119,6 +123,11 @@ impl Conv {
 
     pub(crate) fn device(&self) -> &Device {
         self.weight.device()
+    }
+
+    /// Weight `[Cout, Cin, KH, KW]` and bias.
+    pub(crate) fn tensors(&self, mode: Mode) -> [Tensor; 2] {
+        [mode.tensor(&self.weight), mode.tensor(&self.bias)]
     }
 
     /// `[B,H,W,Cin]` → `[B,H',W',Cout]`.
@@ -251,7 +260,7 @@ pub(crate) struct ClassNorm {
 }
 
 /// ε of the norms.
-const EPSILON: f64 = 1e-6;
+pub(crate) const EPSILON: f64 = 1e-6;
 
 impl ClassNorm {
     pub(crate) fn new(

@@ -35,6 +35,8 @@
 //! # }
 //! ```
 
+#[cfg(test)]
+mod at_once_tests;
 mod attention;
 mod choose;
 pub mod compress;

@@ -1,7 +1,7 @@
 //! The gated PixelCNN, all positions at once.
 
 use candle_core::Tensor;
-use vq_ops::{Conv2d, gate, gate_sum, shift};
+use vq_ops::{Conv2d, Dropout, GatedLayers, gate, gate_sum, shift};
 
 use crate::attention::Attention;
 use crate::layers::{
@@ -24,6 +24,8 @@ pub(crate) struct PixelCnn {
     pub(super) layers: Vec<GatedLayer>,
     pub(super) positions: Option<Positions>,
     pub(super) channels: usize,
+    /// All layers as one operation, where no attention comes between them.
+    pub(crate) fused: Option<GatedLayers>,
 }
 
 /// One layer of both stacks (van den Oord et al. 2016b, figure 2).
@@ -72,16 +74,64 @@ impl PixelCnn {
         } else {
             None
         };
-        Ok(Self { codes, layers, positions, channels })
+        let fused = if positions.is_none() {
+            let map = layers.first().and_then(|layer| layer.map.as_ref());
+            let map_channels = map.map_or(0, |_| config.conditioner.channels);
+            let kernels = layers.iter().map(|layer| [layer.rows, layer.columns]).collect();
+            Some(GatedLayers::new(channels, network.skip_channels, map_channels, kernels)?)
+        } else {
+            None
+        };
+        Ok(Self { codes, layers, positions, channels, fused })
     }
 
     /// Codes `[B,h,w,G]` → features `[B,h,w,S]`, at each position of what came before it.
     pub(crate) fn forward(&self, codes: &Tensor, context: &Context, mode: Mode) -> Result<Tensor> {
         let embedded = self.codes.sums(codes, mode)?;
+        match &self.fused {
+            Some(fused) if GatedLayers::runs_on(embedded.device()) => {
+                self.at_once(fused, &embedded, context, mode)
+            }
+            _ => self.layer_by_layer(&embedded, context, mode),
+        }
+    }
+
+    /// Embedded codes to features, as one operation.
+    pub(crate) fn at_once(
+        &self,
+        fused: &GatedLayers,
+        embedded: &Tensor,
+        context: &Context,
+        mode: Mode,
+    ) -> Result<Tensor> {
+        let labels = context.labels.as_ref();
+        let vectors: Vec<Tensor> = self
+            .layers
+            .iter()
+            .map(|layer| layer.classes.vectors(labels, mode))
+            .collect::<Result<_>>()?;
+        let vectors = Tensor::stack(&vectors, 1)?;
+        let parts = self.layers.iter().flat_map(GatedLayer::parts);
+        let params: Vec<Tensor> = parts.flat_map(|part| part.tensors(mode)).collect();
+        let layers = 0..self.layers.len();
+        let dropout = Dropout {
+            p: mode.dropout,
+            seeds: layers.map(|i| [2 * i + 1, 2 * i].map(|site| mode.drop_seed(site))).collect(),
+        };
+        Ok(fused.forward(embedded, context.map.as_ref(), &vectors, &params, Some(&dropout))?)
+    }
+
+    /// The same of an operation for every part: any device, with attention, and the oracle of the other form.
+    pub(crate) fn layer_by_layer(
+        &self,
+        embedded: &Tensor,
+        context: &Context,
+        mode: Mode,
+    ) -> Result<Tensor> {
         let (_, h, w, _) = embedded.dims4()?;
         let positions = self.positions.as_ref().map(|positions| positions.map(mode)).transpose()?;
-        let mut vertical = shift(&embedded, [h, w], [1, 0])?;
-        let mut horizontal = shift(&embedded, [h, w], [0, 1])?;
+        let mut vertical = shift(embedded, [h, w], [1, 0])?;
+        let mut horizontal = shift(embedded, [h, w], [0, 1])?;
         let mut skips: Option<Tensor> = None;
         for (index, layer) in self.layers.iter().enumerate() {
             let classes = layer.classes.vectors(context.labels.as_ref(), mode)?;
@@ -161,6 +211,15 @@ impl GatedLayer {
             rows: half,
             columns: size,
         })
+    }
+
+    /// What has a weight and a bias, as [`GatedLayers::parameters`] wants them.
+    fn parts(&self) -> impl Iterator<Item = &Conv> {
+        [&self.vertical, &self.horizontal, &self.link]
+            .into_iter()
+            .chain(&self.residual)
+            .chain([&self.skip])
+            .chain(&self.map)
     }
 
     /// The vertical stack before its gate: `[B,h,w,C]` → `[B,h,w,2C]`, row i of the rows up to i.

@@ -1,10 +1,12 @@
 //! The decoder-only Transformer, all positions at once and one at a time.
 
 use candle_core::{DType, Tensor};
-use vq_ops::{PackedLinear, shift, swiglu};
+use vq_ops::{Dropout, PackedLinear, TransformerLayers, shift, swiglu};
 
 use crate::attention::{Attention, AttentionSteps};
-use crate::layers::{Builder, ClassNorm, CodeTable, Context, Conv, Mode, Positions, normalize};
+use crate::layers::{
+    Builder, ClassNorm, CodeTable, Context, Conv, EPSILON, Mode, Positions, normalize,
+};
 use crate::{Config, Result, TransformerConfig};
 
 /// A decoder-only Transformer over the positions in raster order, one token per position: RMS norms before
@@ -13,11 +15,13 @@ use crate::{Config, Result, TransformerConfig};
 /// the levels above are added before every layer.
 #[derive(Debug)]
 pub(crate) struct Transformer {
-    codes: CodeTable,
+    pub(crate) codes: CodeTable,
     positions: Positions,
     layers: Vec<Layer>,
     norm: ClassNorm,
     channels: usize,
+    /// All layers as one operation.
+    fused: TransformerLayers,
 }
 
 #[derive(Debug)]
@@ -41,7 +45,18 @@ impl Transformer {
         let layers = (0..network.layers)
             .map(|index| Layer::new(config, network, index, builder))
             .collect::<Result<_>>()?;
+        let map_channels =
+            if config.conditioning.is_empty() { 0 } else { config.conditioner.channels };
+        let fused = TransformerLayers::new(
+            channels,
+            network.heads,
+            network.mlp_hidden,
+            map_channels,
+            network.layers,
+            EPSILON,
+        )?;
         Ok(Self {
+            fused,
             codes: CodeTable::new(builder, "codes", &config.codebook_sizes, channels)?,
             positions: Positions::new(builder, "positions", config.grid, channels)?,
             layers,
@@ -59,6 +74,45 @@ impl Transformer {
         let before = shift(&embedded.reshape((b, 1, h * w, c))?, [1, h * w], [0, 1])?;
         let mut x = before.reshape((b, h, w, c))?.broadcast_add(&self.positions.map(mode)?)?;
         x = mode.drop(&x, 0)?;
+        x = if TransformerLayers::runs_on(x.device()) {
+            self.at_once(&x, context, mode)?
+        } else {
+            self.layer_by_layer(&x, context, mode)?
+        };
+        self.norm.forward(&x, labels, mode)
+    }
+
+    /// All layers as one operation, `[B,h,w,C]` to the same shape.
+    pub(crate) fn at_once(&self, x: &Tensor, context: &Context, mode: Mode) -> Result<Tensor> {
+        let labels = context.labels.as_ref();
+        let mut vectors = Vec::new();
+        for layer in &self.layers {
+            let (gain, shift) = layer.attention_norm.vectors(labels, mode)?;
+            let (mlp_gain, mlp_shift) = layer.mlp_norm.vectors(labels, mode)?;
+            vectors.push(Tensor::cat(&[gain, shift, mlp_gain, mlp_shift], 1)?);
+        }
+        let vectors = Tensor::stack(&vectors, 1)?;
+        let parts = self.layers.iter().flat_map(Layer::parts);
+        let params: Vec<Tensor> = parts.flat_map(|part| part.tensors(mode)).collect();
+        let layers = 0..self.layers.len();
+        let dropout = Dropout {
+            p: mode.dropout,
+            seeds: layers
+                .map(|i| [2 * i + 1, 2 * i + 2].map(|site| mode.drop_seed(site)))
+                .collect(),
+        };
+        Ok(self.fused.forward(x, context.map.as_ref(), &vectors, &params, Some(&dropout))?)
+    }
+
+    /// The same of an operation for every part: any device, and the oracle of the other form.
+    pub(crate) fn layer_by_layer(
+        &self,
+        x: &Tensor,
+        context: &Context,
+        mode: Mode,
+    ) -> Result<Tensor> {
+        let labels = context.labels.as_ref();
+        let mut x = x.clone();
         for (index, layer) in self.layers.iter().enumerate() {
             if let (Some(conv), Some(map)) = (&layer.map, &context.map) {
                 x = (x + conv.apply(map, mode)?)?;
@@ -71,7 +125,7 @@ impl Transformer {
             let out = layer.mlp_out.apply(&hidden, mode)?;
             x = (x + mode.drop(&out, 2 * index + 2)?)?;
         }
-        self.norm.forward(&x, labels, mode)
+        Ok(x)
     }
 
     /// The same, one position at a time, with a cache of keys and values.
@@ -108,6 +162,12 @@ impl Transformer {
 }
 
 impl Layer {
+    /// What has a weight and a bias, as [`TransformerLayers::parameters`] wants them.
+    fn parts(&self) -> impl Iterator<Item = &Conv> {
+        let attention = self.attention.parts();
+        self.map.iter().chain(attention).chain([&self.mlp_in, &self.mlp_out])
+    }
+
     fn new(
         config: &Config,
         network: &TransformerConfig,

@@ -11,7 +11,9 @@ use super::bf16::conv::{PatchProduct, Sink};
 use super::bf16::{self, Rounded};
 use super::buffers::Buffers;
 use super::elements::{Elements, Output};
-use super::pack::{Axes, DepthAxis, Gather, Images, Patches, Place, Tap, weight_panels};
+use super::pack::{
+    Axes, DepthAxis, Gather, Images, Matrix, Patches, Place, Tap, panels_len, weight_panels,
+};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
 use super::winograd::{self, Plan};
 use crate::Precision;
@@ -265,9 +267,11 @@ fn multiply(
         return;
     }
     let mut panels = PANELS.take();
-    weight_panels(weight, axes, &patches.taps, kernels.panel, &mut panels);
+    cut_panels(Matrix { weight, axes, taps: &patches.taps }, kernels, &mut panels);
     let rows = patches.rows();
-    let product = Product { kernels, patches, x, panels: &panels, finish, target };
+    let sources = [Rows { patches, x }];
+    let product =
+        Product { kernels, sources: &sources, panels: &panels, accumulate: false, finish, target };
     let out = SharedMut::new(out);
     (0..rows.div_ceil(BLOCK)).into_par_iter().for_each(|block| {
         let first = block * BLOCK;
@@ -276,45 +280,60 @@ fn multiply(
     PANELS.set(panels);
 }
 
-struct Product<'a> {
-    kernels: &'a Kernels,
-    patches: &'a Patches,
-    x: &'a [f32],
-    panels: &'a [f32],
-    finish: Finish<'a>,
-    target: Target,
+/// One matrix in its panels, grown or cut to their length.
+fn cut_panels(matrix: Matrix<'_>, kernels: &Kernels, panels: &mut Vec<f32>) {
+    panels.resize(panels_len(&[matrix], kernels.panel), 0.);
+    weight_panels(&[matrix], kernels.panel, panels);
+}
+
+/// The patches of a batch of images, as the rows of a matrix.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pub patches: &'a Patches,
+    pub x: &'a [f32],
+}
+
+/// Matrices side by side, all with as many rows, times panels: each row's patches of all sources, one after
+/// the other, are the depth.
+pub(super) struct Product<'a> {
+    pub kernels: &'a Kernels,
+    pub sources: &'a [Rows<'a>],
+    pub panels: &'a [f32],
+    /// Whether it is added to what is there.
+    pub accumulate: bool,
+    pub finish: Finish<'a>,
+    pub target: Target,
 }
 
 impl Product<'_> {
+    /// All rows, on this thread.
+    pub(super) fn run(&self, out: &mut [f32]) {
+        let rows = self.sources.first().map_or(0, |source| source.patches.rows());
+        let blocks = rows.div_ceil(BLOCK);
+        let out = SharedMut::new(out);
+        for block in 0..blocks {
+            self.block(rows * block / blocks..rows * (block + 1) / blocks, out);
+        }
+    }
+
     /// All columns of a block of rows.
     fn block(&self, rows: std::ops::Range<usize>, out: SharedMut) {
-        let depth = self.patches.depth();
+        let Some(Rows { patches, .. }) = self.sources.first() else { return };
+        let depth: usize = self.sources.iter().map(|source| source.patches.depth()).sum();
         let columns = self.target.images.channels;
         let panel = self.kernels.panel;
         let mut offsets = [0usize; BLOCK];
-        let mut place = Place::at(rows.start, self.patches.grid);
+        let mut place = Place::at(rows.start, patches.grid);
         for offset in offsets.iter_mut().take(rows.len()) {
             *offset = self.target.offset(place);
-            place.next(self.patches.grid);
+            place.next(patches.grid);
         }
         // A phase without taps (a kernel smaller than the stride) still stores bias and residual.
         let chunks = depth.div_ceil(DEPTH).max(1);
         with_scratch(BLOCK * ROW, |gathered| {
             for chunk in 0..chunks {
                 let (start, end) = (depth * chunk / chunks, depth * (chunk + 1) / chunks);
-                let piece = Gather {
-                    patches: self.patches,
-                    x: self.x,
-                    rows: rows.clone(),
-                    depth: start..end,
-                    to: &mut *gathered,
-                    stride: ROW,
-                };
-                // SAFETY: the kernels fit this CPU.
-                #[allow(unsafe_code)]
-                unsafe {
-                    self.kernels.gather[usize::from(self.patches.relu)](piece);
-                }
+                self.gather(rows.clone(), start..end, gathered);
                 let last = chunk + 1 == chunks;
                 for first in (0..columns).step_by(panel) {
                     let b = self.panels[first * depth + start * panel..].as_ptr();
@@ -331,7 +350,7 @@ impl Product<'_> {
                             c: out.get().wrapping_add(first),
                             rows: offsets[row..].as_ptr(),
                             columns: panel.min(columns - first),
-                            accumulate: chunk > 0,
+                            accumulate: self.accumulate || chunk > 0,
                             bias: at(self.finish.bias),
                             mask: at(self.finish.mask),
                             residual: at(self.finish.residual),
@@ -346,6 +365,36 @@ impl Product<'_> {
                 }
             }
         });
+    }
+
+    /// That part of the depth of these rows, a row every `ROW` elements.
+    fn gather(
+        &self,
+        rows: std::ops::Range<usize>,
+        depth: std::ops::Range<usize>,
+        gathered: &mut [f32],
+    ) {
+        let mut first = 0;
+        for Rows { patches, x } in self.sources {
+            let end = first + patches.depth();
+            let part = depth.start.max(first)..depth.end.min(end);
+            if !part.is_empty() {
+                let piece = Gather {
+                    patches,
+                    x,
+                    rows: rows.clone(),
+                    depth: part.start - first..part.end - first,
+                    to: &mut gathered[part.start - depth.start..],
+                    stride: ROW,
+                };
+                // SAFETY: the kernels fit this CPU.
+                #[allow(unsafe_code)]
+                unsafe {
+                    self.kernels.gather[usize::from(patches.relu)](piece);
+                }
+            }
+            first = end;
+        }
     }
 }
 
@@ -379,7 +428,9 @@ fn scatter(
     let target = Target { images: Images { channels: columns, ..one }, scale: 1, phase: (0, 0) };
     let (mut panels, mut pairs) = (PANELS.take(), Vec::new());
     match small {
-        Source::F32(_) => weight_panels(&by_tap, axes, &[tap], kernels.panel, &mut panels),
+        Source::F32(_) => {
+            cut_panels(Matrix { weight: &by_tap, axes, taps: &[tap] }, kernels, &mut panels);
+        }
         Source::Bf16(_) => {
             pairs.resize(bf16::conv::panels_len(from.channels, columns), 0);
             bf16::conv::weight_panels(&by_tap, axes, &[tap], &mut pairs);
@@ -392,8 +443,15 @@ fn scatter(
         match small {
             Source::F32(x) => {
                 let (x, out, finish) = (&x[elements], SharedMut::new(products), Finish::default());
-                let patches = &patches;
-                let product = Product { kernels, patches, x, panels: &panels, finish, target };
+                let (sources, panels) = ([Rows { patches: &patches, x }], &panels[..]);
+                let product = Product {
+                    kernels,
+                    sources: &sources,
+                    panels,
+                    accumulate: false,
+                    finish,
+                    target,
+                };
                 for first in (0..rows).step_by(BLOCK) {
                     product.block(first..(first + BLOCK).min(rows), out);
                 }

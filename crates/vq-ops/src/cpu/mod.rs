@@ -6,14 +6,17 @@
 pub(crate) mod activation;
 pub(crate) mod adamw;
 pub(crate) mod bf16;
+pub(crate) mod blocks;
 pub(crate) mod buffers;
 pub(crate) mod choice;
 mod codebook;
 pub(crate) mod conv;
 pub(crate) mod elements;
+pub(crate) mod gated;
 pub(crate) mod nearest;
 pub(crate) mod pack;
 pub(crate) mod tile;
+pub(crate) mod transformer;
 pub(crate) mod vector;
 pub(crate) mod weight_gradient;
 pub(crate) mod winograd;

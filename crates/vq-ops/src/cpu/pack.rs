@@ -231,28 +231,45 @@ impl Axes {
     }
 }
 
-/// A weight as a matrix `[taps · depth channels, columns]`, cut into panels of `panel` columns
+/// A weight `[outer, inner, KH, KW]` as a matrix `[taps · depth channels, columns]`.
+#[derive(Clone, Copy)]
+pub(crate) struct Matrix<'a> {
+    pub weight: &'a [f32],
+    pub axes: Axes,
+    /// The taps that are taken, in the order of the depth.
+    pub taps: &'a [Tap],
+}
+
+impl Matrix<'_> {
+    fn depth(&self) -> usize {
+        self.taps.len() * self.axes.channels
+    }
+}
+
+/// How long the panels of matrices are that stand one on top of the other.
+pub(crate) fn panels_len(matrices: &[Matrix<'_>], panel: usize) -> usize {
+    let depth: usize = matrices.iter().map(Matrix::depth).sum();
+    let columns = matrices.first().map_or(0, |matrix| matrix.axes.columns);
+    columns.div_ceil(panel) * depth * panel
+}
+
+/// Matrices with the same columns, one on top of the other, cut into panels of `panel` columns
 /// (`[panels][depth][panel]`, the last one filled up with zeros).
-pub(crate) fn weight_panels(
-    weight: &[f32],
-    axes: Axes,
-    taps: &[Tap],
-    panel: usize,
-    to: &mut Vec<f32>,
-) {
-    let Axes { channels, columns, channel_step, column_step } = axes;
-    let depth = taps.len() * channels;
-    to.clear();
-    to.resize(columns.div_ceil(panel) * depth * panel, 0.);
-    to.par_chunks_mut((depth * panel).max(1)).enumerate().for_each(|(index, to)| {
+pub(crate) fn weight_panels(matrices: &[Matrix<'_>], panel: usize, to: &mut [f32]) {
+    let depth: usize = matrices.iter().map(Matrix::depth).sum();
+    to.par_chunks_mut((depth * panel).max(1)).enumerate().for_each(|(index, mut to)| {
         let first = index * panel;
-        let width = panel.min(columns - first);
-        for (t, tap) in taps.iter().enumerate() {
-            for channel in 0..channels {
-                let from = tap.index + channel * channel_step + first * column_step;
-                let to = &mut to[(t * channels + channel) * panel..][..width];
-                for (j, value) in to.iter_mut().enumerate() {
-                    *value = weight[from + j * column_step];
+        for Matrix { weight, axes, taps } in matrices {
+            let width = panel.min(axes.columns - first);
+            for tap in *taps {
+                for channel in 0..axes.channels {
+                    let from = tap.index + channel * axes.channel_step + first * axes.column_step;
+                    let (row, rest) = to.split_at_mut(panel);
+                    for (j, value) in row[..width].iter_mut().enumerate() {
+                        *value = weight[from + j * axes.column_step];
+                    }
+                    row[width..].fill(0.);
+                    to = rest;
                 }
             }
         }

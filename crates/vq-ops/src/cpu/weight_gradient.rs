@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::bf16::Rounded;
 use super::buffers::Buffers;
-use super::conv::{Geometry, with_scratch};
+use super::conv::{Geometry, Rows, with_scratch};
 use super::elements::Elements;
 use super::pack::{Axes, DepthAxis, Gather};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile, kernels};
@@ -78,7 +78,7 @@ pub(crate) fn weight_gradient(
             let mut start = pixels.start;
             while start < pixels.end {
                 let end = (start + CHUNK).min(pixels.end);
-                cut_panels(kernels, small, start..end, columns, panels);
+                cut_panels(kernels, (small, columns), start..end, 0..columns, panels);
                 for stripe in stripes.clone() {
                     let (first, last) = (bounds(stripe), bounds(stripe + 1));
                     let piece = Gather {
@@ -150,22 +150,22 @@ fn sum_columns<T: Sync>(
     }
 }
 
-/// Rows `pixels` of `[M, columns]` as panels `[panels][pixels][panel]`; the last panel's missing
-/// columns are not read by the kernels' results.
+/// Rows `pixels` and those `columns` of `[M, width]` as panels `[panels][pixels][panel]`; the last panel's
+/// missing columns are not read by the kernels' results.
 fn cut_panels(
     kernels: &Kernels,
-    small: (&[f32], bool),
+    ((small, relu), width): ((&[f32], bool), usize),
     pixels: std::ops::Range<usize>,
-    columns: usize,
+    columns: std::ops::Range<usize>,
     panels: &mut [f32],
 ) {
-    let copy = kernels.copy[usize::from(small.1)];
+    let copy = kernels.copy[usize::from(relu)];
     let panel = kernels.panel;
     for (index, to) in panels.chunks_mut(CHUNK * panel).enumerate() {
-        let first = index * panel;
-        let count = panel.min(columns - first);
+        let first = columns.start + index * panel;
+        let count = panel.min(columns.end - first);
         for (pixel, to) in pixels.clone().zip(to.chunks_mut(panel)) {
-            let from = &small.0[pixel * columns + first..][..count];
+            let from = &small[pixel * width + first..][..count];
             // SAFETY: both slices have `count` elements; `kernels` fits this CPU.
             #[allow(unsafe_code)]
             unsafe {
@@ -173,6 +173,79 @@ fn cut_panels(
             }
         }
     }
+}
+
+/// Rows of patches and what their products' gradients are, `[rows, width]`.
+#[derive(Clone, Copy)]
+pub(super) struct Piece<'a> {
+    pub large: Rows<'a>,
+    pub small: &'a [f32],
+}
+
+/// The gradients of some columns of a matrix of rows' factors, added up over all pieces in order on this
+/// thread: of the weight `[columns, inner, KH, KW]` and of the bias `[columns]`. `width` is that of all columns.
+pub(super) fn column_gradients(
+    pieces: &[Piece<'_>],
+    width: usize,
+    columns: std::ops::Range<usize>,
+    area: usize,
+    (of_weight, of_bias): (&mut [f32], &mut [f32]),
+) {
+    let kernels = kernels();
+    let add = bf16::kernels::kernels().add;
+    let Some(Piece { large: Rows { patches, .. }, .. }) = pieces.first() else { return };
+    let (depth, count, panel) = (patches.depth(), columns.len(), kernels.panel);
+    let (inner, taps) = (patches.images.channels, patches.taps.clone());
+    let (sums, rows, cut) = (depth * count, CHUNK * ROW, CHUNK * count.div_ceil(panel) * panel);
+    of_bias.fill(0.);
+    with_scratch(sums + rows + cut, |scratch| {
+        let (sums, scratch) = scratch.split_at_mut(sums);
+        let (gathered, panels) = scratch.split_at_mut(rows);
+        let mut accumulate = false;
+        for Piece { large, small } in pieces {
+            let pixels = large.patches.rows();
+            let chunks = pixels.div_ceil(CHUNK);
+            for chunk in 0..chunks {
+                let (start, end) = (pixels * chunk / chunks, pixels * (chunk + 1) / chunks);
+                cut_panels(kernels, ((small, false), width), start..end, columns.clone(), panels);
+                for pixel in start..end {
+                    let row = &small[pixel * width..][columns.clone()];
+                    // SAFETY: both have as many elements.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        add(row.as_ptr(), of_bias.as_mut_ptr(), count);
+                    }
+                }
+                let stripes = depth.div_ceil(DEPTH);
+                for stripe in 0..stripes {
+                    let stripe = depth * stripe / stripes..depth * (stripe + 1) / stripes;
+                    let piece = Gather {
+                        patches: large.patches,
+                        x: large.x,
+                        rows: start..end,
+                        depth: stripe.clone(),
+                        to: &mut *gathered,
+                        stride: ROW,
+                    };
+                    // SAFETY: the kernels fit this CPU.
+                    #[allow(unsafe_code)]
+                    unsafe {
+                        kernels.gather[usize::from(large.patches.relu)](piece);
+                    }
+                    let pixels = end - start;
+                    let job = Job { kernels, pixels, gathered, panels, columns: count, accumulate };
+                    job.run(stripe, sums.as_mut_ptr());
+                }
+                accumulate = true;
+            }
+        }
+        for (row, sums) in sums.chunks_exact(count).enumerate() {
+            let at = row % inner * area + taps[row / inner].index;
+            for (gradient, sum) in of_weight.chunks_exact_mut(inner * area).zip(sums) {
+                gradient[at] = *sum;
+            }
+        }
+    });
 }
 
 struct Job<'a> {
