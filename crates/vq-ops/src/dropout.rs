@@ -77,11 +77,14 @@ impl CustomOp1 for Mask {
         let mut y = vec![0f32; x.len()];
         let chunks = y.par_chunks_mut(CHUNK).zip(x.par_chunks(CHUNK)).enumerate();
         chunks.for_each(|(chunk, (y, x))| {
-            vectorized(|| {
-                for (i, (y, x)) in y.iter_mut().zip(x).enumerate() {
-                    *y = x * self.factor(chunk * CHUNK + i);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (i, (y, x)) in y.iter_mut().zip(x).enumerate() {
+                        *y = x * self.factor(chunk * CHUNK + i);
+                    }
+                },
+            );
         });
         Ok((CpuStorage::F32(y), layout.shape().clone()))
     }

@@ -93,11 +93,14 @@ impl Sizes {
             let (s_a, s_b) = self.vector(vectors, image);
             let y = y.map(|y| &y[image * 2 * size..][..x.len()]);
             let mut sum = vec![0f32; 2 * half];
-            vectorized(|| {
-                for (row, out) in out.chunks_exact_mut(half).enumerate() {
-                    gate_row(self.row(x, y, row, &mut sum), s_a, s_b, out);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (row, out) in out.chunks_exact_mut(half).enumerate() {
+                        gate_row(self.row(x, y, row, &mut sum), s_a, s_b, out);
+                    }
+                },
+            );
         });
         out
     }
@@ -124,15 +127,18 @@ impl Sizes {
             let s = self.vector(vectors, image);
             let y = y.map(|y| &y[image * 2 * size..][..x.len()]);
             let mut sum = vec![0f32; 2 * half];
-            vectorized(|| {
-                let rows = dx.chunks_exact_mut(2 * half).zip(grad.chunks_exact(half));
-                for (row, (dx, grad)) in rows.enumerate() {
-                    gate_row_gradient(self.row(x, y, row, &mut sum), s, grad, dx);
-                    for (sum, dx) in sums.iter_mut().zip(dx) {
-                        *sum += *dx;
+            vectorized(
+                #[inline(always)]
+                || {
+                    let rows = dx.chunks_exact_mut(2 * half).zip(grad.chunks_exact(half));
+                    for (row, (dx, grad)) in rows.enumerate() {
+                        gate_row_gradient(self.row(x, y, row, &mut sum), s, grad, dx);
+                        for (sum, dx) in sums.iter_mut().zip(dx) {
+                            *sum += *dx;
+                        }
                     }
-                }
-            });
+                },
+            );
         });
         (dx, sums)
     }

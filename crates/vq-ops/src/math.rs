@@ -1,7 +1,8 @@
 //! exp and what is made of it, in plain Rust that the compiler turns into vector code.
 
-/// Runs `work` compiled for this CPU's vectors. Nothing in it fuses multiplications with additions, so
-/// that the results are the same to the bit on every x86-64 CPU.
+/// Runs `work` compiled for this CPU's vectors: a closure, and all that it calls, must be
+/// `#[inline(always)]`, or it stays compiled for any CPU. Nothing in it fuses multiplications with additions,
+/// so that the results are the same to the bit on every x86-64 CPU.
 pub(crate) fn vectorized<R>(work: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]
     {

@@ -110,11 +110,14 @@ impl CustomOp3 for RmsNorm {
         images.for_each(|(image, (y, x))| {
             let gain = self.sizes.vector(gains, image);
             let shift = self.sizes.vector(shifts, image);
-            vectorized(|| {
-                for (y, x) in y.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
-                    norm_row(x, (gain, shift), self.epsilon, y);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (y, x) in y.chunks_exact_mut(channels).zip(x.chunks_exact(channels)) {
+                        norm_row(x, (gain, shift), self.epsilon, y);
+                    }
+                },
+            );
         });
         Ok((CpuStorage::F32(y), x_layout.shape().clone()))
     }
@@ -145,13 +148,17 @@ impl CustomOp3 for RmsNorm {
                     images.for_each(|(image, (((dx, sums), x), grad))| {
                         let gain = self.sizes.vector(gains, image);
                         let (dgain, dshift) = sums.split_at_mut(channels);
-                        vectorized(|| {
-                            let rows = dx.chunks_exact_mut(channels).zip(x.chunks_exact(channels));
-                            for ((dx, x), grad) in rows.zip(grad.chunks_exact(channels)) {
-                                let sums = (&mut *dgain, &mut *dshift);
-                                norm_row_gradient(x, gain, self.epsilon, grad, dx, sums);
-                            }
-                        });
+                        vectorized(
+                            #[inline(always)]
+                            || {
+                                let rows =
+                                    dx.chunks_exact_mut(channels).zip(x.chunks_exact(channels));
+                                for ((dx, x), grad) in rows.zip(grad.chunks_exact(channels)) {
+                                    let sums = (&mut *dgain, &mut *dshift);
+                                    norm_row_gradient(x, gain, self.epsilon, grad, dx, sums);
+                                }
+                            },
+                        );
                     });
                 })
             })

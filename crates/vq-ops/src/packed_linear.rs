@@ -94,14 +94,17 @@ impl PackedLinear {
         let rows = x.len() / self.inputs;
         let panels = |first: usize, count: usize| {
             let mut sums = vec![0f32; rows * count * PANEL];
-            vectorized(|| {
-                for (index, sums) in sums.chunks_mut(rows * PANEL).enumerate() {
-                    let panel = first + index;
-                    let weight = &weight[panel * size..(panel + 1) * size];
-                    let bias = &bias[panel * PANEL..(panel + 1) * PANEL];
-                    panel_rows(x, self.inputs, weight, bias, sums);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (index, sums) in sums.chunks_mut(rows * PANEL).enumerate() {
+                        let panel = first + index;
+                        let weight = &weight[panel * size..(panel + 1) * size];
+                        let bias = &bias[panel * PANEL..(panel + 1) * PANEL];
+                        panel_rows(x, self.inputs, weight, bias, sums);
+                    }
+                },
+            );
             sums
         };
         let count = self.outputs.div_ceil(PANEL);

@@ -153,7 +153,10 @@ fn forward(positions: &impl Positions, params: &[f32], pixels: &[u8], channels: 
         .zip(params.par_chunks(ROWS * size))
         .zip(pixels.par_chunks(ROWS * channels));
     tasks.for_each(|((out, params), pixels)| {
-        vectorized(|| positions.forward(params, pixels, channels, out));
+        vectorized(
+            #[inline(always)]
+            || positions.forward(params, pixels, channels, out),
+        );
     });
     out
 }
@@ -173,7 +176,10 @@ fn backward(
         .zip(params.par_chunks(ROWS * size))
         .zip(pixels.par_chunks(ROWS * channels).zip(grad.par_chunks(ROWS)));
     tasks.for_each(|((out, params), (pixels, grad))| {
-        vectorized(|| positions.backward(params, pixels, channels, grad, out));
+        vectorized(
+            #[inline(always)]
+            || positions.backward(params, pixels, channels, grad, out),
+        );
     });
     out
 }

@@ -101,13 +101,16 @@ impl CustomOp1 for AttentionWeights {
         let mut weights = vec![0f32; scores.len()];
         let size = (self.queries * self.keys).max(1);
         weights.par_chunks_mut(size).zip(scores.par_chunks(size)).for_each(|(weights, scores)| {
-            vectorized(|| {
-                let rows = weights.chunks_mut(self.keys).zip(scores.chunks(self.keys));
-                for (query, (weights, scores)) in rows.enumerate() {
-                    let seen = self.seen(query);
-                    softmax(&scores[..seen], self.scale, &mut weights[..seen]);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    let rows = weights.chunks_mut(self.keys).zip(scores.chunks(self.keys));
+                    for (query, (weights, scores)) in rows.enumerate() {
+                        let seen = self.seen(query);
+                        softmax(&scores[..seen], self.scale, &mut weights[..seen]);
+                    }
+                },
+            );
         });
         Ok((CpuStorage::F32(weights), layout.shape().clone()))
     }
@@ -123,14 +126,19 @@ impl CustomOp1 for AttentionWeights {
                     .zip(weights.par_chunks(size))
                     .zip(grad.par_chunks(size));
                 tasks.for_each(|((ds, weights), grad)| {
-                    vectorized(|| {
-                        let rows = ds.chunks_mut(self.keys).zip(weights.chunks(self.keys));
-                        for (query, ((ds, p), g)) in rows.zip(grad.chunks(self.keys)).enumerate() {
-                            let seen = self.seen(query);
-                            let (p, g) = (&p[..seen], &g[..seen]);
-                            softmax_gradient(p, self.scale, g, ds);
-                        }
-                    });
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            let rows = ds.chunks_mut(self.keys).zip(weights.chunks(self.keys));
+                            for (query, ((ds, p), g)) in
+                                rows.zip(grad.chunks(self.keys)).enumerate()
+                            {
+                                let seen = self.seen(query);
+                                let (p, g) = (&p[..seen], &g[..seen]);
+                                softmax_gradient(p, self.scale, g, ds);
+                            }
+                        },
+                    );
                 });
             })
         })??;
@@ -176,15 +184,18 @@ impl CustomOp2 for CrossEntropy {
             .zip(logits.par_chunks(ROWS * classes))
             .zip(targets.par_chunks(ROWS));
         tasks.for_each(|((losses, logits), targets)| {
-            vectorized(|| {
-                for ((loss, logits), target) in
-                    losses.iter_mut().zip(logits.chunks_exact(classes)).zip(targets)
-                {
-                    let max = max_of(logits);
-                    let total = sum_of(logits, |logit| exp(logit - max));
-                    *loss = total.ln() - (logits[*target as usize] - max);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for ((loss, logits), target) in
+                        losses.iter_mut().zip(logits.chunks_exact(classes)).zip(targets)
+                    {
+                        let max = max_of(logits);
+                        let total = sum_of(logits, |logit| exp(logit - max));
+                        *loss = total.ln() - (logits[*target as usize] - max);
+                    }
+                },
+            );
         });
         Ok((CpuStorage::F32(losses), rows.into()))
     }
@@ -205,16 +216,19 @@ impl CustomOp2 for CrossEntropy {
                 .zip(logits.par_chunks(ROWS * classes))
                 .zip(targets.par_chunks(ROWS).zip(grad.par_chunks(ROWS)));
             tasks.for_each(|((dl, logits), (targets, grad))| {
-                vectorized(|| {
-                    let rows = dl.chunks_exact_mut(classes).zip(logits.chunks_exact(classes));
-                    for ((dl, logits), (target, grad)) in rows.zip(targets.iter().zip(grad)) {
-                        softmax(logits, 1.0, dl);
-                        dl[*target as usize] -= 1.0;
-                        for dl in dl {
-                            *dl *= grad;
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        let rows = dl.chunks_exact_mut(classes).zip(logits.chunks_exact(classes));
+                        for ((dl, logits), (target, grad)) in rows.zip(targets.iter().zip(grad)) {
+                            softmax(logits, 1.0, dl);
+                            dl[*target as usize] -= 1.0;
+                            for dl in dl {
+                                *dl *= grad;
+                            }
                         }
-                    }
-                });
+                    },
+                );
             });
         })?;
         Ok((Some(Tensor::from_vec(dl, logits.shape(), logits.device())?), None))

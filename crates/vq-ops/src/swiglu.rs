@@ -38,11 +38,14 @@ impl CustomOp1 for SwiGlu {
         let mut y = vec![0f32; x.len() / 2];
         let rows = rows_of_a_task(half);
         y.par_chunks_mut(rows * half).zip(x.par_chunks(2 * rows * half)).for_each(|(y, x)| {
-            vectorized(|| {
-                for (y, x) in y.chunks_exact_mut(half).zip(x.chunks_exact(2 * half)) {
-                    swiglu_row(x, y);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (y, x) in y.chunks_exact_mut(half).zip(x.chunks_exact(2 * half)) {
+                        swiglu_row(x, y);
+                    }
+                },
+            );
         });
         Ok((CpuStorage::F32(y), dims.into()))
     }
@@ -59,12 +62,15 @@ impl CustomOp1 for SwiGlu {
                     .zip(x.par_chunks(2 * rows * half))
                     .zip(grad.par_chunks(rows * half));
                 tasks.for_each(|((dx, x), grad)| {
-                    vectorized(|| {
-                        let rows = dx.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half));
-                        for ((dx, x), grad) in rows.zip(grad.chunks_exact(half)) {
-                            swiglu_row_gradient(x, grad, dx);
-                        }
-                    });
+                    vectorized(
+                        #[inline(always)]
+                        || {
+                            let rows = dx.chunks_exact_mut(2 * half).zip(x.chunks_exact(2 * half));
+                            for ((dx, x), grad) in rows.zip(grad.chunks_exact(half)) {
+                                swiglu_row_gradient(x, grad, dx);
+                            }
+                        },
+                    );
                 });
             })
         })??;

@@ -511,14 +511,17 @@ impl Pass<'_> {
         let images = out.chunks_exact_mut(size).zip(x.chunks_exact(2 * size));
         for (image, (out, x)) in images.enumerate() {
             let (s_a, s_b) = self.vector(place, first + image);
-            vectorized(|| {
-                for (out, x) in out.chunks_exact_mut(c).zip(x.chunks_exact(2 * c)) {
-                    gate_row(x, s_a, s_b, out);
-                }
-                if let Some(mask) = mask {
-                    mask.apply(out, (first + image) * size);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (out, x) in out.chunks_exact_mut(c).zip(x.chunks_exact(2 * c)) {
+                        gate_row(x, s_a, s_b, out);
+                    }
+                    if let Some(mask) = mask {
+                        mask.apply(out, (first + image) * size);
+                    }
+                },
+            );
         }
     }
 
@@ -544,18 +547,21 @@ impl Pass<'_> {
         for (image, (((of_x, of_vectors), x), grad)) in images.enumerate() {
             let vector = self.vector(place, first + image);
             let sums = &mut of_vectors[place.0 * 4 * c + place.1 * 2 * c..][..2 * c];
-            vectorized(|| {
-                if let Some(mask) = mask {
-                    mask.apply(grad, (first + image) * size);
-                }
-                let rows = of_x.chunks_exact_mut(2 * c).zip(x.chunks_exact(2 * c));
-                for ((of_x, x), grad) in rows.zip(grad.chunks_exact(c)) {
-                    gate_row_gradient(x, vector, grad, of_x);
-                    for (sum, value) in sums.iter_mut().zip(of_x) {
-                        *sum += *value;
+            vectorized(
+                #[inline(always)]
+                || {
+                    if let Some(mask) = mask {
+                        mask.apply(grad, (first + image) * size);
                     }
-                }
-            });
+                    let rows = of_x.chunks_exact_mut(2 * c).zip(x.chunks_exact(2 * c));
+                    for ((of_x, x), grad) in rows.zip(grad.chunks_exact(c)) {
+                        gate_row_gradient(x, vector, grad, of_x);
+                        for (sum, value) in sums.iter_mut().zip(of_x) {
+                            *sum += *value;
+                        }
+                    }
+                },
+            );
         }
     }
 }

@@ -232,10 +232,13 @@ impl Pass<'_> {
             let finish = self.biased(&layer.mlp_in);
             multiply(&[views.own.rows_of(&mlp_normed)], &panels.mlp_in, finish, &mut both);
             let mut gated = self.take(rows * hidden);
-            vectorized(|| {
-                let rows = gated.chunks_exact_mut(hidden).zip(both.chunks_exact(2 * hidden));
-                rows.for_each(|(to, x)| swiglu_row(x, to));
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    let rows = gated.chunks_exact_mut(hidden).zip(both.chunks_exact(2 * hidden));
+                    rows.for_each(|(to, x)| swiglu_row(x, to));
+                },
+            );
             let next = self.add_to(
                 &between,
                 (&layer.mlp_out, &panels.mlp_out),
@@ -281,12 +284,15 @@ impl Pass<'_> {
             }
             Some(mask) => {
                 multiply(&[source], panels, self.biased(part), &mut to);
-                vectorized(|| {
-                    mask.apply(&mut to, first * self.plan.positions * self.plan.channels);
-                    for (to, x) in to.iter_mut().zip(x) {
-                        *to += x;
-                    }
-                });
+                vectorized(
+                    #[inline(always)]
+                    || {
+                        mask.apply(&mut to, first * self.plan.positions * self.plan.channels);
+                        for (to, x) in to.iter_mut().zip(x) {
+                            *to += x;
+                        }
+                    },
+                );
             }
         }
         to
@@ -349,13 +355,16 @@ impl Pass<'_> {
             let sources = [views.own.rows_of(&of_mlp_out)];
             multiply(&sources, &panels.of_hidden, plain, &mut of_hidden);
             let mut of_both = self.take(rows * 2 * hidden);
-            vectorized(|| {
-                let rows = of_both.chunks_exact_mut(2 * hidden);
-                let rows = rows.zip(layer.both.chunks_exact(2 * hidden));
-                for ((to, x), grad) in rows.zip(of_hidden.chunks_exact(hidden)) {
-                    swiglu_row_gradient(x, grad, to);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    let rows = of_both.chunks_exact_mut(2 * hidden);
+                    let rows = rows.zip(layer.both.chunks_exact(2 * hidden));
+                    for ((to, x), grad) in rows.zip(of_hidden.chunks_exact(hidden)) {
+                        swiglu_row_gradient(x, grad, to);
+                    }
+                },
+            );
             let mut of_normed = self.take(rows * c);
             let sources = [views.own_both.rows_of(&of_both)];
             multiply(&sources, &panels.of_mlp_normed, plain, &mut of_normed);
@@ -479,11 +488,14 @@ impl Pass<'_> {
         let images = to.chunks_exact_mut(size).zip(x.chunks_exact(size));
         for (image, (to, x)) in images.enumerate() {
             let vectors = self.vector(place, first + image);
-            vectorized(|| {
-                for (to, x) in to.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-                    norm_row(x, vectors, self.plan.epsilon, to);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    for (to, x) in to.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
+                        norm_row(x, vectors, self.plan.epsilon, to);
+                    }
+                },
+            );
         }
     }
 
@@ -507,13 +519,16 @@ impl Pass<'_> {
             let (gain, _) = self.vector(place, first + image);
             let sums = &mut of_vectors[place.0 * 4 * c + place.1 * 2 * c..][..2 * c];
             let (of_gain, of_shift) = sums.split_at_mut(c);
-            vectorized(|| {
-                let rows = to.chunks_exact_mut(c).zip(x.chunks_exact(c));
-                for ((to, x), grad) in rows.zip(grad.chunks_exact(c)) {
-                    let sums = (&mut *of_gain, &mut *of_shift);
-                    norm_row_gradient(x, gain, self.plan.epsilon, grad, to, sums);
-                }
-            });
+            vectorized(
+                #[inline(always)]
+                || {
+                    let rows = to.chunks_exact_mut(c).zip(x.chunks_exact(c));
+                    for ((to, x), grad) in rows.zip(grad.chunks_exact(c)) {
+                        let sums = (&mut *of_gain, &mut *of_shift);
+                        norm_row_gradient(x, gain, self.plan.epsilon, grad, to, sums);
+                    }
+                },
+            );
         }
     }
 
@@ -535,7 +550,10 @@ impl Pass<'_> {
         to.copy_from_slice(grad);
         if let Some(mask) = self.mask(place) {
             let first = first * self.plan.positions * self.plan.channels;
-            vectorized(|| mask.apply(&mut to, first));
+            vectorized(
+                #[inline(always)]
+                || mask.apply(&mut to, first),
+            );
         }
         to
     }
@@ -643,14 +661,17 @@ impl<'a> Head<'a> {
         let t = self.positions;
         let Scratch { rows, weights, other: scores } = scratch;
         self.products(query, key, rows, scores);
-        vectorized(|| {
-            let rows = weights.chunks_exact_mut(t).zip(scores.chunks_exact(t));
-            for (row, (weights, scores)) in rows.enumerate() {
-                let (seen, hidden) = weights.split_at_mut(row + 1);
-                softmax(&scores[..=row], self.scale, seen);
-                hidden.fill(0.);
-            }
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                let rows = weights.chunks_exact_mut(t).zip(scores.chunks_exact(t));
+                for (row, (weights, scores)) in rows.enumerate() {
+                    let (seen, hidden) = weights.split_at_mut(row + 1);
+                    softmax(&scores[..=row], self.scale, seen);
+                    hidden.fill(0.);
+                }
+            },
+        );
     }
 
     /// Of query, key and value, from that of what was read with these weights, which are lost.
@@ -666,16 +687,19 @@ impl<'a> Head<'a> {
         transpose(weights, other, t);
         self.combine(other, of_read, rows, of_value);
         self.products(of_read, value, rows, other);
-        vectorized(|| {
-            // The gradients of the scores take the weights' place.
-            let mut of_scores = vec![0.; t];
-            let rows = weights.chunks_exact_mut(t).zip(other.chunks_exact(t));
-            for (row, (weights, grad)) in rows.enumerate() {
-                let of_scores = &mut of_scores[..=row];
-                softmax_gradient(&weights[..=row], self.scale, &grad[..=row], of_scores);
-                weights[..=row].copy_from_slice(of_scores);
-            }
-        });
+        vectorized(
+            #[inline(always)]
+            || {
+                // The gradients of the scores take the weights' place.
+                let mut of_scores = vec![0.; t];
+                let rows = weights.chunks_exact_mut(t).zip(other.chunks_exact(t));
+                for (row, (weights, grad)) in rows.enumerate() {
+                    let of_scores = &mut of_scores[..=row];
+                    softmax_gradient(&weights[..=row], self.scale, &grad[..=row], of_scores);
+                    weights[..=row].copy_from_slice(of_scores);
+                }
+            },
+        );
         self.combine(weights, key, rows, of_query);
         transpose(weights, other, t);
         self.combine(other, query, rows, of_key);
