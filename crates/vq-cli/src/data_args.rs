@@ -17,8 +17,8 @@ use crate::progress::Progress;
 #[derive(Clone, Debug, Args)]
 #[command(next_help_heading = "Data")]
 pub(crate) struct DataArgs {
-    /// auto (CIFAR-10 if it is on disk, else the built-in shapes), cifar10, cifar10:PATH, shapes, or
-    /// folder:PATH (any images; class sub-folders if there are any).
+    /// auto (CIFAR-10 if it is on disk, else the built-in shapes), cifar10, cifar10:PATH, shapes,
+    /// plain-shapes, or folder:PATH (any images; class sub-folders if there are any).
     #[arg(long, value_name = "SOURCE")]
     data: Option<Source>,
 

@@ -16,8 +16,10 @@ pub(crate) struct Embedded {
 pub(crate) const DEFAULT: &str = "cifar10";
 /// What it does with the built-in data set.
 pub(crate) const SHAPES: &str = "shapes";
+/// What it does with its plain images.
+pub(crate) const PLAIN_SHAPES: &str = "plain-shapes";
 
-pub(crate) const EMBEDDED: [Embedded; 7] = [
+pub(crate) const EMBEDDED: [Embedded; 8] = [
     Embedded { name: DEFAULT, text: include_str!("../configs/cifar10.toml") },
     Embedded { name: "cifar10-paper", text: include_str!("../configs/cifar10-paper.toml") },
     Embedded {
@@ -31,6 +33,7 @@ pub(crate) const EMBEDDED: [Embedded; 7] = [
     Embedded { name: "imagenet256", text: include_str!("../configs/imagenet256.toml") },
     Embedded { name: "images1024", text: include_str!("../configs/images1024.toml") },
     Embedded { name: SHAPES, text: include_str!("../configs/shapes.toml") },
+    Embedded { name: PLAIN_SHAPES, text: include_str!("../configs/plain-shapes.toml") },
 ];
 
 /// What `train-prior` does without `--config`, by the kind of the network.
@@ -143,6 +146,7 @@ mod tests {
             ("imagenet256", &[64, 32], 46_080.0),
             ("images1024", &[128, 64, 32], 193_536.0),
             ("shapes", &[8], 512.0),
+            ("plain-shapes", &[8], 384.0),
         ] {
             let model = load(name).unwrap().model;
             let [height, width] = model.image_size;

@@ -41,16 +41,21 @@ pub(crate) fn prepare(
     };
     let mut recipe = lay_over(base)?;
     let source = recipe.data.source.clone();
-    let takes_shapes = source.resolve(&recipe.data.dir) == Source::Shapes;
-    let switches = takes_shapes && args.config.is_none() && resumed.is_none();
-    if switches {
-        recipe = lay_over(recipes::load(recipes::SHAPES)?)?;
+    let made_for_it = match source.resolve(&recipe.data.dir) {
+        Source::Shapes => Some(recipes::SHAPES),
+        Source::PlainShapes => Some(recipes::PLAIN_SHAPES),
+        _ => None,
+    };
+    let is_chosen = args.config.is_some() || resumed.is_some();
+    let other = made_for_it.filter(|_| !is_chosen);
+    if let Some(other) = other {
+        recipe = lay_over(recipes::load(other)?)?;
         recipe.data.source = source;
-        recipes::SHAPES.clone_into(&mut name);
+        other.clone_into(&mut name);
     }
     recipe.validate()?;
     let splits = data_args::open(&recipe.data, recipe.model.image_size, format)?;
-    if switches {
+    if other.is_some() {
         let default = recipes::DEFAULT;
         let message = format!(
             "using the recipe `{name}`, made for the built-in shapes ({} epochs, batches of {}), and not the \

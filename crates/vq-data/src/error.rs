@@ -40,8 +40,8 @@ pub enum Error {
     FolderInUse(PathBuf),
     /// The name of a data source was not understood.
     #[error(
-        "unknown data source `{0}`: use auto, cifar10, cifar10:PATH, shapes or folder:PATH \
-         (a folder of images)"
+        "unknown data source `{0}`: use auto, cifar10, cifar10:PATH, shapes, plain-shapes \
+         or folder:PATH (a folder of images)"
     )]
     UnknownSource(String),
     /// A height or width of zero, or so large that it cannot be meant.

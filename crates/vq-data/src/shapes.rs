@@ -1,4 +1,5 @@
-//! The built-in data set: one coloured shape per image, anti-aliased, on a textured background.
+//! The built-in data set: one coloured shape per image, anti-aliased, on a textured background, or, much
+//! easier, on a plain one.
 //!
 //! Image `index` of a seed is drawn from a random stream of its own, so the set needs no files, has
 //! any length, and is the same everywhere. The scene does not depend on the size in pixels: a
@@ -22,17 +23,29 @@ pub const CLASSES: [&str; 10] = [
     "capsule",
 ];
 
+/// What the images look like.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Style {
+    /// Patterns or noise behind a shape of any size, anywhere and turned by any angle, some with a border or a
+    /// shadow.
+    #[default]
+    Textured,
+    /// One colour on another: the shape large, near the centre and nearly upright. What a small generative
+    /// model can learn within minutes.
+    Plain,
+}
+
 /// Draws image `index` of the set of `seed`: its pixels, u8 `[3,height,width]`, and its class, an
 /// index into [`CLASSES`]. Ten images in a row are of ten classes.
-pub fn render(seed: u64, index: u64, height: usize, width: usize) -> (Vec<u8>, u32) {
-    let mut pixels = vec![0; 3 * height * width];
-    let class = scene::draw(seed, index, height, width, &mut pixels);
+pub fn render(style: Style, seed: u64, index: u64, size: [usize; 2]) -> (Vec<u8>, u32) {
+    let mut pixels = vec![0; 3 * size[0] * size[1]];
+    let class = scene::draw(style, seed, index, size, &mut pixels);
     (pixels, class)
 }
 
 /// Both splits, in memory where they fit under the limit. The test split starts at index 2³², so it
 /// shares no image with the train split and does not depend on its length.
-pub(crate) fn open(options: &OpenOptions) -> Result<Splits, Error> {
+pub(crate) fn open(style: Style, options: &OpenOptions) -> Result<Splits, Error> {
     let [height, width] = options.size;
     let shape = ImageShape { channels: 3, height, width };
     let count = options.train_count.saturating_add(options.test_count);
@@ -41,8 +54,13 @@ pub(crate) fn open(options: &OpenOptions) -> Result<Splits, Error> {
         if len == 0 {
             return Err(Error::EmptySplit { split });
         }
+        let name = match style {
+            Style::Textured => "shapes",
+            Style::Plain => "plain shapes",
+        };
         let drawn = Drawn {
-            name: format!("shapes {split}"),
+            name: format!("{name} {split}"),
+            style,
             shape,
             seed: options.seed,
             first,
@@ -66,6 +84,7 @@ const TEST_START: u64 = 1 << 32;
 /// Images that are drawn each time that they are read.
 struct Drawn {
     name: String,
+    style: Style,
     shape: ImageShape,
     seed: u64,
     first: u64,
@@ -97,7 +116,7 @@ impl Dataset for Drawn {
     fn read(&self, index: usize, out: &mut [u8]) -> Result<(), Error> {
         check_read(self, index, out)?;
         let ImageShape { height, width, .. } = self.shape;
-        scene::draw(self.seed, self.first + index as u64, height, width, out);
+        scene::draw(self.style, self.seed, self.first + index as u64, [height, width], out);
         Ok(())
     }
 

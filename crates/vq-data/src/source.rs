@@ -4,10 +4,11 @@ use std::str::FromStr;
 
 use serde::{Deserialize, Serialize};
 
+use crate::shapes::Style;
 use crate::{Error, Indexing, Splits, cifar, folder, shapes};
 
-/// Where the images come from; written as `auto`, `cifar10`, `cifar10:PATH`, `shapes` or
-/// `folder:PATH`.
+/// Where the images come from; written as `auto`, `cifar10`, `cifar10:PATH`, `shapes`,
+/// `plain-shapes` or `folder:PATH`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub enum Source {
@@ -19,6 +20,8 @@ pub enum Source {
     Cifar10(Option<PathBuf>),
     /// The built-in set: coloured shapes on textured backgrounds.
     Shapes,
+    /// The same shapes, large, in one colour on another.
+    PlainShapes,
     /// A folder of images, with class sub-folders or without.
     Folder(PathBuf),
 }
@@ -91,7 +94,8 @@ pub fn open_watched(
         Source::Auto => open_auto(options),
         Source::Cifar10(None) => cifar::open(&options.data_dir, options.size),
         Source::Cifar10(Some(dir)) => cifar::open(dir, options.size),
-        Source::Shapes => shapes::open(options),
+        Source::Shapes => shapes::open(Style::Textured, options),
+        Source::PlainShapes => shapes::open(Style::Plain, options),
         Source::Folder(path) => folder::open(path, options, watch),
     }
 }
@@ -124,7 +128,7 @@ fn open_auto(options: &OpenOptions) -> Result<Splits, Error> {
     if here && cifar::SUPPORTED {
         return cifar::open(&options.data_dir, options.size);
     }
-    let mut splits = shapes::open(options)?;
+    let mut splits = shapes::open(Style::Textured, options)?;
     splits.notes.push(if here {
         format!(
             "CIFAR-10 is in {}, but this build cannot read it: taking the built-in shapes. Build \
@@ -151,6 +155,7 @@ impl FromStr for Source {
                 "auto" => Ok(Self::Auto),
                 "cifar10" => Ok(Self::Cifar10(None)),
                 "shapes" => Ok(Self::Shapes),
+                "plain-shapes" => Ok(Self::PlainShapes),
                 _ => Err(unknown()),
             },
             Some((_, "")) => Err(unknown()),
@@ -168,6 +173,7 @@ impl fmt::Display for Source {
             Self::Cifar10(None) => f.write_str("cifar10"),
             Self::Cifar10(Some(path)) => write!(f, "cifar10:{}", path.display()),
             Self::Shapes => f.write_str("shapes"),
+            Self::PlainShapes => f.write_str("plain-shapes"),
             Self::Folder(path) => write!(f, "folder:{}", path.display()),
         }
     }
@@ -193,7 +199,8 @@ mod tests {
 
     #[test]
     fn sources_are_read_back_as_they_are_written() {
-        for text in ["auto", "cifar10", "cifar10:/d", "shapes", "folder:a b", "folder:C:\\x"] {
+        let known = ["auto", "cifar10", "cifar10:/d", "shapes", "plain-shapes", "folder:C:\\a b"];
+        for text in known {
             let source: Source = text.parse().expect("a source");
             assert_eq!(source.to_string(), text);
         }

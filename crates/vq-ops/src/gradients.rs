@@ -10,13 +10,13 @@ thread_local! {
     static EXPECTED: RefCell<Option<Vec<Expected>>> = const { RefCell::new(None) };
 }
 
-/// The parameters of a stack, and what the backward pass leaves for them.
+/// The parameters of a network, and what the backward pass leaves for them.
 struct Expected {
     params: Vec<Tensor>,
     delivery: Delivery,
 }
 
-/// Gradients of all parameters of a stack, side by side.
+/// Gradients of all parameters of a network, side by side.
 #[derive(Clone, Default)]
 pub(crate) struct Delivery(Arc<Mutex<Option<Tensor>>>);
 
@@ -32,12 +32,13 @@ impl Delivery {
     }
 }
 
-/// A way around candle's graph for the parameters of [stacks](crate::Stack): where the graph would take their
-/// gradients apart and add each to zeros, three operations for every tensor, they stay side by side, and every
-/// parameter's gradient is a view of them.
+/// A way around candle's graph for the parameters of whole networks, of [stacks](crate::Stack) on CUDA and of
+/// [`GatedLayers`](crate::GatedLayers) and [`TransformerLayers`](crate::TransformerLayers) on the CPU: where the
+/// graph would take their gradients apart and add each to zeros, three operations for every tensor, they stay
+/// side by side, and every parameter's gradient is a view of them.
 ///
-/// From [`new`](Self::new) until it is dropped, the stacks that this thread runs on CUDA have no gradients for
-/// their parameters in the graph; [`backward`](Self::backward) gives them all the same. Elsewhere all is as it
+/// From [`new`](Self::new) until it is dropped, what this thread runs of these has no gradients for its
+/// parameters in the graph; [`backward`](Self::backward) gives them all the same. Elsewhere all is as it
 /// always was. One at a time: an inner one takes what an outer one would have had.
 #[must_use]
 pub struct Gradients {

@@ -26,7 +26,7 @@ pub struct Recipe {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct DataConfig {
-    /// `auto`, `cifar10`, `cifar10:PATH`, `shapes` or `folder:PATH`.
+    /// `auto`, `cifar10`, `cifar10:PATH`, `shapes`, `plain-shapes` or `folder:PATH`.
     pub source: Source,
     /// The folder in which `auto` and `cifar10` look for CIFAR-10.
     pub dir: PathBuf,

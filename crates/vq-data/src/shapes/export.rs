@@ -9,7 +9,7 @@ use image::codecs::jpeg::JpegEncoder;
 use image::{ImageFormat, RgbImage};
 use rayon::prelude::*;
 
-use super::{CLASSES, render};
+use super::{CLASSES, Style, render};
 use crate::Error;
 use crate::source::check_size;
 
@@ -143,7 +143,7 @@ fn is_ours(path: &Path) -> bool {
 /// Image `index` as a file's bytes, and the file's extension.
 fn encode(options: &MakeOptions, index: u64) -> Result<(Vec<u8>, &'static str), Error> {
     let [height, width] = options.size;
-    let (planes, _) = render(options.seed, index, height, width);
+    let (planes, _) = render(Style::Textured, options.seed, index, [height, width]);
     let plane = height * width;
     let image = RgbImage::from_fn(width as u32, height as u32, |x, y| {
         let at = y as usize * width + x as usize;
@@ -205,7 +205,7 @@ mod tests {
             let path = folder.path().join(class).join(format!("{index:08}.png"));
             let image = picture::load(path).expect("an image");
             assert_eq!(image.dimensions(), (24, 20));
-            assert_eq!(picture::to_chw(&image), render(3, index, 20, 24).0);
+            assert_eq!(picture::to_chw(&image), render(Style::Textured, 3, index, [20, 24]).0);
         }
     }
 

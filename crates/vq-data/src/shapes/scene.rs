@@ -2,9 +2,9 @@
 
 use std::f32::consts::TAU;
 
-use super::CLASSES;
 use super::outline::distance;
 use super::texture::{Color, Texture, contrast, mix, random_color};
+use super::{CLASSES, Style};
 use crate::random::{Purpose, Stream};
 
 /// The class of image `index`.
@@ -13,8 +13,17 @@ pub(super) fn class_of(index: u64) -> u32 {
 }
 
 /// Draws into `out`, u8 `[3,height,width]`, and returns the class.
-pub(super) fn draw(seed: u64, index: u64, height: usize, width: usize, out: &mut [u8]) -> u32 {
-    let scene = Scene::new(seed, index);
+pub(super) fn draw(
+    style: Style,
+    seed: u64,
+    index: u64,
+    [height, width]: [usize; 2],
+    out: &mut [u8],
+) -> u32 {
+    let scene = match style {
+        Style::Textured => Scene::textured(seed, index),
+        Style::Plain => Scene::plain(seed, index),
+    };
     let pixels = height.min(width).max(1) as f32;
     let plane = height * width;
     for i in 0..plane {
@@ -42,7 +51,7 @@ struct Scene {
 }
 
 impl Scene {
-    fn new(seed: u64, index: u64) -> Self {
+    fn textured(seed: u64, index: u64) -> Self {
         let stream = &mut Stream::new(seed, Purpose::Shape, index);
         let background = Texture::background(stream);
         let color = contrasting(stream, background.colors);
@@ -68,6 +77,27 @@ impl Scene {
             rotation: [angle.cos(), angle.sin()],
             border,
             shadow,
+        }
+    }
+
+    /// One colour on another, large, near the centre and nearly upright.
+    fn plain(seed: u64, index: u64) -> Self {
+        let stream = &mut Stream::new(seed, Purpose::Shape, index);
+        let background = Texture::plain(random_color(stream));
+        let fill = Texture::plain(contrasting(stream, background.colors));
+        let radius = stream.range(0.34, 0.44);
+        let room = 0.5 - radius;
+        let center = [stream.range(-room, room), stream.range(-room, room)];
+        let angle = stream.range(-0.3, 0.3);
+        Self {
+            class: class_of(index),
+            background,
+            fill,
+            center,
+            radius,
+            rotation: [angle.cos(), angle.sin()],
+            border: None,
+            shadow: None,
         }
     }
 

@@ -16,19 +16,22 @@ fn images(dataset: &dyn Dataset) -> Vec<Vec<u8>> {
 
 #[test]
 fn an_image_depends_on_seed_and_index_alone() {
-    assert_eq!(render(1, 17, 32, 32), render(1, 17, 32, 32));
-    assert_ne!(render(1, 17, 32, 32), render(2, 17, 32, 32));
-    assert_ne!(render(1, 17, 32, 32).0, render(1, 27, 32, 32).0);
-    let short = open(&options(30, 1 << 30)).expect("shapes");
-    let long = open(&options(60, 1 << 30)).expect("shapes");
+    assert_eq!(render(Style::Textured, 1, 17, [32, 32]), render(Style::Textured, 1, 17, [32, 32]));
+    assert_ne!(render(Style::Textured, 1, 17, [32, 32]), render(Style::Textured, 2, 17, [32, 32]));
+    assert_ne!(
+        render(Style::Textured, 1, 17, [32, 32]).0,
+        render(Style::Textured, 1, 27, [32, 32]).0
+    );
+    let short = open(Style::Textured, &options(30, 1 << 30)).expect("shapes");
+    let long = open(Style::Textured, &options(60, 1 << 30)).expect("shapes");
     assert_eq!(images(short.train.as_ref())[..], images(long.train.as_ref())[..30]);
     assert_eq!(images(short.test.as_ref()), images(long.test.as_ref()));
 }
 
 #[test]
 fn the_same_images_whether_they_are_held_or_drawn() {
-    let held = open(&options(40, 1 << 30)).expect("shapes");
-    let drawn = open(&options(40, 0)).expect("shapes");
+    let held = open(Style::Textured, &options(40, 1 << 30)).expect("shapes");
+    let drawn = open(Style::Textured, &options(40, 0)).expect("shapes");
     assert!(!held.train.is_costly() && drawn.train.is_costly());
     assert_eq!(images(held.train.as_ref()), images(drawn.train.as_ref()));
     for index in 0..20 {
@@ -38,7 +41,7 @@ fn the_same_images_whether_they_are_held_or_drawn() {
 
 #[test]
 fn all_classes_are_there_and_no_two_images_alike() {
-    let splits = open(&options(500, 1 << 30)).expect("shapes");
+    let splits = open(Style::Textured, &options(500, 1 << 30)).expect("shapes");
     let mut counts = [0; 10];
     for index in 0..500 {
         counts[splits.train.label(index) as usize] += 1;
@@ -56,8 +59,8 @@ fn all_classes_are_there_and_no_two_images_alike() {
 #[test]
 fn larger_images_show_the_same_scene() {
     for index in 0..30 {
-        let (small, class) = render(3, index, 32, 32);
-        let (large, same_class) = render(3, index, 128, 128);
+        let (small, class) = render(Style::Textured, 3, index, [32, 32]);
+        let (large, same_class) = render(Style::Textured, 3, index, [128, 128]);
         assert_eq!(class, same_class);
         // Averaged down to 32×32 again.
         let mut error = 0.0;
@@ -73,9 +76,29 @@ fn larger_images_show_the_same_scene() {
 }
 
 #[test]
+fn plain_shapes_have_two_colors_and_are_whole() {
+    let splits = open(Style::Plain, &options(200, 1 << 30)).expect("shapes");
+    for (index, image) in images(splits.train.as_ref()).iter().enumerate() {
+        let color = |i: usize| [image[i], image[1024 + i], image[2048 + i]];
+        let mut counts = std::collections::BTreeMap::new();
+        (0..1024).for_each(|i| *counts.entry(color(i)).or_insert(0) += 1);
+        let mut counts: Vec<_> = counts.into_iter().map(|(color, count)| (count, color)).collect();
+        counts.sort_unstable();
+        // The rest is where the two are mixed along the outline.
+        let [.., (fewer, _), (more, background)] = counts[..] else { panic!("{index}: one color") };
+        assert!(fewer + more > 750 && fewer > 60, "{index}: {fewer} + {more}");
+        let corners = [0, 31, 31 * 32, 1023].map(color);
+        let at_corners = corners.iter().filter(|&&corner| corner == background).count();
+        assert!(at_corners >= 2 || splits.train.label(index) == 1, "{index}: {corners:?}");
+    }
+    let other = open(Style::Textured, &options(200, 1 << 30)).expect("shapes");
+    assert_ne!(images(splits.train.as_ref()), images(other.train.as_ref()));
+}
+
+#[test]
 fn any_size_can_be_drawn() {
     for (height, width) in [(1, 1), (8, 8), (7, 33), (48, 20)] {
-        assert_eq!(render(0, 3, height, width).0.len(), 3 * height * width);
+        assert_eq!(render(Style::Textured, 0, 3, [height, width]).0.len(), 3 * height * width);
     }
 }
 
@@ -99,7 +122,7 @@ fn outlines_are_distances() {
 /// A change here changes every figure that was measured on the set.
 #[test]
 fn the_set_does_not_change_between_versions() {
-    let (pixels, class) = render(0, 4, 32, 32);
+    let (pixels, class) = render(Style::Textured, 0, 4, [32, 32]);
     assert_eq!(class, 4);
     let sum: u32 = pixels.iter().map(|&p| u32::from(p)).sum();
     // Rounding may differ by the machine's sine and cosine.

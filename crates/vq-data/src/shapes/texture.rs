@@ -47,6 +47,12 @@ enum Pattern {
 const NOISE: usize = 16;
 
 impl Texture {
+    /// One colour.
+    pub(super) fn plain(color: Color) -> Self {
+        let pattern = Pattern::Linear { center: 0.0, spread: 1.0 };
+        Self { colors: [color; 2], pattern, direction: [1.0, 0.0] }
+    }
+
     /// A background: one of all five patterns.
     pub(super) fn background(stream: &mut Stream) -> Self {
         let first = random_color(stream);
