@@ -30,19 +30,20 @@ use crate::storage::f32_elements;
 #[derive(Clone, Debug)]
 pub struct GatedLayers {
     /// C, of both stacks.
-    pub channels: usize,
+    channels: usize,
     /// S, of the result.
-    pub skip_channels: usize,
+    skip_channels: usize,
     /// M, of the map; 0 for none.
-    pub map_channels: usize,
-    /// `[rows, columns]` of each layer's vertical kernel; the horizontal one has as many columns as this one
-    /// rows.
-    pub kernels: Vec<[usize; 2]>,
+    map_channels: usize,
+    /// `[rows, columns]` of each layer's vertical kernel.
+    kernels: Vec<[usize; 2]>,
     buffers: Buffers,
 }
 
 impl GatedLayers {
-    /// Layers of those sizes, at least one.
+    /// Layers of C channels with results of S, at least one; a map of M, or 0 for none. `kernels` are
+    /// `[rows, columns]` of each layer's vertical kernel, whose last row is a pixel's own and whose column
+    /// number `columns / 2` is; the horizontal kernel has as many columns as the vertical one rows.
     pub fn new(
         channels: usize,
         skip_channels: usize,

@@ -68,18 +68,16 @@ impl Operands {
     }
 
     pub(crate) fn masks(&self, dropout: Option<&Dropout>) -> Result<Option<Vec<[Mask; 2]>>> {
-        match dropout {
-            Some(Dropout { p, seeds }) if *p > 0.0 => {
-                if *p >= 1.0 || seeds.len() != self.layers {
-                    bail!(
-                        "dropout needs a probability below 1 and seeds for {} layers",
-                        self.layers
-                    );
-                }
-                Ok(Some(seeds.iter().map(|pair| pair.map(|seed| Mask::new(*p, seed))).collect()))
-            }
-            _ => Ok(None),
+        let Some(Dropout { p, seeds }) = dropout else { return Ok(None) };
+        if !(0.0..1.0).contains(p) || seeds.len() != self.layers {
+            bail!(
+                "dropout needs a probability of at least 0 and below 1, and seeds for {} layers; got {p} and {}",
+                self.layers,
+                seeds.len()
+            );
         }
+        let masks = || seeds.iter().map(|pair| pair.map(|seed| Mask::new(*p, seed))).collect();
+        Ok((*p > 0.0).then(masks))
     }
 }
 
@@ -139,7 +137,7 @@ impl Taken {
         params: &[Tensor],
     ) -> Result<Self> {
         let x = match map {
-            Some(map) => Tensor::cat(&[x, map], D::Minus1)?,
+            Some(map) => Tensor::cat(&[x, map], D::Minus1)?.contiguous()?,
             None => x.contiguous()?,
         };
         let vectors = vectors.contiguous()?;

@@ -25,22 +25,22 @@ use crate::storage::f32_elements;
 #[derive(Clone, Debug)]
 pub struct TransformerLayers {
     /// C, of the residual stream.
-    pub channels: usize,
+    channels: usize,
     /// Heads of the attention; they divide C.
-    pub heads: usize,
+    heads: usize,
     /// H, of what the gate gives.
-    pub mlp_hidden: usize,
+    mlp_hidden: usize,
     /// M, of the map; 0 for none.
-    pub map_channels: usize,
+    map_channels: usize,
     /// L.
-    pub layers: usize,
+    layers: usize,
     /// ε of the norms.
-    pub epsilon: f64,
+    epsilon: f64,
     buffers: Buffers,
 }
 
 impl TransformerLayers {
-    /// Layers of those sizes, at least one.
+    /// `layers` of C channels and networks of H, at least one; a map of M, or 0 for none; the ε of the norms.
     pub fn new(
         channels: usize,
         heads: usize,

@@ -10,7 +10,8 @@ use crate::pixelcnn::PixelCnn;
 use crate::transformer::Transformer;
 use crate::{ConditionerConfig, Config, GridConfig, PixelCnnConfig, Result, TransformerConfig};
 
-const GRID: [usize; 2] = [5, 7];
+/// Few positions, of which several images are taken together, and many.
+const GRIDS: [[usize; 2]; 2] = [[5, 7], [22, 23]];
 const TRAINING: Mode = Mode { tracked: true, training: true, dropout: 0.3, seed: 11 };
 
 fn random(shape: &[usize], below: u32, start: u32) -> Tensor {
@@ -29,10 +30,10 @@ fn noise(shape: &[usize], start: u32) -> Var {
     Var::from_tensor(&((values / 1000.).unwrap() - 1.).unwrap()).unwrap()
 }
 
-fn config(conditioned: bool) -> Config {
+fn config(grid: [usize; 2], conditioned: bool) -> Config {
     let above = GridConfig { grid: [2, 3], codebook_sizes: vec![4] };
     Config {
-        grid: GRID,
+        grid,
         codebook_sizes: vec![6, 3],
         class_count: if conditioned { 0 } else { 4 },
         conditioning: if conditioned { vec![above] } else { Vec::new() },
@@ -42,8 +43,8 @@ fn config(conditioned: bool) -> Config {
 }
 
 /// What a network is told about that many images; the map is a variable.
-fn context(images: usize, conditioned: bool) -> Context {
-    let map = noise(&[images, GRID[0], GRID[1], 9], 3);
+fn context(grid: [usize; 2], images: usize, conditioned: bool) -> Context {
+    let map = noise(&[images, grid[0], grid[1], 9], 3);
     Context {
         labels: (!conditioned).then(|| random(&[images], 5, 2)),
         map: conditioned.then(|| map.as_tensor().clone()),
@@ -106,10 +107,13 @@ fn compare(
 
 #[test]
 fn a_pixelcnn_at_once_gives_the_values_and_gradients_of_its_parts() {
-    for (images, conditioned) in [(1, false), (8, false), (7, true)] {
-        let (config, context) = (config(conditioned), context(images, conditioned));
+    let [small, large] = GRIDS;
+    for (grid, images, conditioned) in
+        [(small, 1, false), (small, 8, false), (small, 7, true), (large, 2, true)]
+    {
+        let (config, context) = (config(grid, conditioned), context(grid, images, conditioned));
         let (net, parameters) = pixelcnn(&config);
-        let embedded = noise(&[images, GRID[0], GRID[1], 20], 1);
+        let embedded = noise(&[images, grid[0], grid[1], 20], 1);
         let fused: &GatedLayers = net.fused.as_ref().unwrap();
         let mut variables: BTreeMap<String, &Tensor> =
             parameters.iter().map(|(name, var)| (name.clone(), var.as_tensor())).collect();
@@ -126,10 +130,13 @@ fn a_pixelcnn_at_once_gives_the_values_and_gradients_of_its_parts() {
 
 #[test]
 fn a_transformer_at_once_gives_the_values_and_gradients_of_its_parts() {
-    for (images, conditioned) in [(1, false), (8, false), (7, true)] {
-        let (config, context) = (config(conditioned), context(images, conditioned));
+    let [small, large] = GRIDS;
+    for (grid, images, conditioned) in
+        [(small, 1, false), (small, 8, false), (small, 7, true), (large, 2, true)]
+    {
+        let (config, context) = (config(grid, conditioned), context(grid, images, conditioned));
         let (net, parameters) = transformer(&config);
-        let x = noise(&[images, GRID[0], GRID[1], 24], 1);
+        let x = noise(&[images, grid[0], grid[1], 24], 1);
         let mut variables: BTreeMap<String, &Tensor> =
             parameters.iter().map(|(name, var)| (name.clone(), var.as_tensor())).collect();
         variables.insert("x".to_owned(), x.as_tensor());
@@ -147,10 +154,11 @@ fn a_transformer_at_once_gives_the_values_and_gradients_of_its_parts() {
 
 #[test]
 fn an_images_features_do_not_depend_on_the_others_of_its_batch() {
-    let (config, context) = (config(false), context(8, false));
+    let grid = GRIDS[0];
+    let (config, context) = (config(grid, false), context(grid, 8, false));
     let (net, _) = pixelcnn(&config);
     let (transformer, _) = transformer(&config);
-    let codes = random(&[8, GRID[0], GRID[1], 2], 3, 1);
+    let codes = random(&[8, grid[0], grid[1], 2], 3, 1);
     let run = |codes: &Tensor, context: &Context| {
         let both = [
             net.forward(codes, context, Mode::EVALUATE).unwrap(),

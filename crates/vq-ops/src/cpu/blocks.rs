@@ -11,8 +11,61 @@ use super::pack::{Axes, DepthAxis, Images, Matrix, Patches, Tap, panels_len, wei
 use super::tile::kernels;
 use super::weight_gradient::{Piece, column_gradients};
 
+/// Rows that a task takes through the layers at a time, about.
+const ROWS: usize = 128;
 /// Columns of a weight whose gradients a task sums.
 const COLUMNS: usize = 64;
+
+/// Images that a task takes through the layers at a time: by shape alone.
+pub(super) fn block_images(batch: usize, pixels: usize) -> usize {
+    (ROWS / pixels.max(1)).clamp(1, batch.max(1))
+}
+
+/// A layer, and which of its two vectors and masks.
+pub(super) type Place = (usize, usize);
+
+/// The vectors `[B or 1, L, 4C]` that the layers are given: two of two halves for each.
+#[derive(Clone, Copy)]
+pub(super) struct Vectors<'a> {
+    pub values: &'a [f32],
+    pub channels: usize,
+    pub layers: usize,
+    /// Whether each image has its own.
+    pub own: bool,
+}
+
+impl<'a> Vectors<'a> {
+    /// The halves of a vector of that image of the batch.
+    pub(super) fn halves(&self, place: Place, image: usize) -> (&'a [f32], &'a [f32]) {
+        let image = if self.own { image } else { 0 };
+        let first = image * self.width() + self.offset(place);
+        self.values[first..first + 2 * self.channels].split_at(self.channels)
+    }
+
+    /// Where in an image's vectors one begins.
+    pub(super) fn offset(&self, (layer, which): Place) -> usize {
+        (2 * layer + which) * 2 * self.channels
+    }
+
+    /// Length of an image's vectors.
+    pub(super) fn width(&self) -> usize {
+        self.layers * 4 * self.channels
+    }
+
+    /// Gradients `[B, L, 4C]`, added up in order where all images share the vectors.
+    pub(super) fn shared(&self, of_images: Vec<f32>) -> Vec<f32> {
+        if self.own {
+            return of_images;
+        }
+        let mut sum = vec![0.; self.width()];
+        for vectors in of_images.chunks(self.width()) {
+            for (sum, value) in sum.iter_mut().zip(vectors) {
+                *sum += value;
+            }
+        }
+        sum
+    }
+}
 
 /// The gradients of a network's input, vectors and parameters.
 pub(crate) struct Gradients {

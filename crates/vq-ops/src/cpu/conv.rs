@@ -20,6 +20,8 @@ use crate::Precision;
 
 /// Rows of patches that a task gathers and multiplies at a time.
 const BLOCK: usize = 112;
+/// From so many blocks on, a product of one task's rows is shared with the other threads.
+const MANY_BLOCKS: usize = 4;
 /// Up to that many output channels, a transposed convolution multiplies first and adds the
 /// overlapping results afterwards: a register of columns would be nearly empty otherwise.
 const FEW_CHANNELS: usize = 8;
@@ -306,13 +308,27 @@ pub(super) struct Product<'a> {
 }
 
 impl Product<'_> {
-    /// All rows, on this thread.
+    /// All rows: few of them on this thread, many on all.
     pub(super) fn run(&self, out: &mut [f32]) {
         let rows = self.sources.first().map_or(0, |source| source.patches.rows());
+        let depth: usize = self.sources.iter().map(|source| source.patches.depth()).sum();
+        let (columns, panel) = (self.target.images.channels, self.kernels.panel);
+        assert!(
+            out.len() == rows * columns && self.sources.iter().all(|s| s.patches.rows() == rows)
+        );
+        assert!(self.panels.len() >= columns.div_ceil(panel) * depth * panel);
+        for values in [self.finish.mask, self.finish.residual].into_iter().flatten() {
+            assert!(values.len() == out.len());
+        }
+        assert!(self.finish.bias.is_none_or(|bias| bias.len() == columns));
         let blocks = rows.div_ceil(BLOCK);
         let out = SharedMut::new(out);
-        for block in 0..blocks {
-            self.block(rows * block / blocks..rows * (block + 1) / blocks, out);
+        let block =
+            |block: usize| self.block(rows * block / blocks..rows * (block + 1) / blocks, out);
+        if blocks < MANY_BLOCKS {
+            (0..blocks).for_each(block);
+        } else {
+            (0..blocks).into_par_iter().for_each(block);
         }
     }
 

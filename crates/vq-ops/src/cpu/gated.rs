@@ -7,7 +7,8 @@
 use rayon::prelude::*;
 
 use super::blocks::{
-    Gradients, Part, multiply, own_pixel, pack, parameter_gradients, product, sum_of_biases,
+    Gradients, Part, Place, Vectors, block_images, multiply, own_pixel, pack, parameter_gradients,
+    product, sum_of_biases,
 };
 use super::buffers::{Buffer, Buffers};
 use super::conv::{Finish, Rows};
@@ -16,9 +17,6 @@ use super::weight_gradient::Piece;
 use crate::dropout::Mask;
 use crate::gate::{gate_row, gate_row_gradient};
 use crate::math::vectorized;
-
-/// Rows that a task takes through the layers at a time, about.
-const ROWS: usize = 128;
 
 /// What is asked for: the sizes and where the parameters lie.
 #[derive(Debug)]
@@ -241,7 +239,7 @@ impl Pass<'_> {
             .collect();
         let images = self.plan.block_images();
         let pixels = self.plan.pixels() * images;
-        let width = self.plan.layers.len() * 4 * channels;
+        let width = self.vectors().width();
         let mut input = vec![0.; self.plan.rows() * (channels + map_channels)];
         let mut vectors = vec![0.; batch * width];
         let gradients: Vec<Vec<BlockGradients>> = input
@@ -256,15 +254,7 @@ impl Pass<'_> {
             })
             .collect();
         let theta = of_theta.then(|| self.parameter_gradients(&all, blocks, &gradients, grad));
-        if !self.plan.own_vectors {
-            let mut sum = vec![0.; width];
-            for vector in vectors.chunks(width) {
-                for (sum, value) in sum.iter_mut().zip(vector) {
-                    *sum += value;
-                }
-            }
-            vectors = sum;
-        }
+        let vectors = self.vectors().shared(vectors);
         Gradients { input, vectors, theta }
     }
 
@@ -373,13 +363,8 @@ impl Pass<'_> {
     }
 
     /// The views for block number `index`: the last one may have fewer images.
-    fn views<'v>(&self, all: &'v Views, index: usize) -> Shared<'v> {
-        let images = all.images.min(self.plan.batch - index * all.images);
-        if images == all.images {
-            Shared::Borrowed(all)
-        } else {
-            Shared::Own(Box::new(Views::new(self.plan, images)))
-        }
+    fn views(&self, all: &Views, index: usize) -> Views {
+        Views::new(self.plan, all.images.min(self.plan.batch - index * all.images))
     }
 
     /// A buffer whose content is whatever it was.
@@ -492,25 +477,23 @@ impl Pass<'_> {
         }
     }
 
-    /// What is added before a gate of that image (of the whole batch).
-    fn vector(&self, (layer, gate): (usize, usize), image: usize) -> (&[f32], &[f32]) {
-        let c = self.plan.channels;
-        let image = if self.plan.own_vectors { image } else { 0 };
-        let first = (image * self.plan.layers.len() + layer) * 4 * c + gate * 2 * c;
-        self.vectors[first..first + 2 * c].split_at(c)
+    fn vectors(&self) -> Vectors<'_> {
+        let Plan { channels, own_vectors: own, .. } = *self.plan;
+        Vectors { values: self.vectors, channels, layers: self.plan.layers.len(), own }
     }
 
-    fn mask(&self, (layer, gate): (usize, usize)) -> Option<Mask> {
+    fn mask(&self, (layer, gate): Place) -> Option<Mask> {
         Some(self.plan.masks.as_ref()?[layer][gate])
     }
 
     /// A gate and what is dropped after it; `first` is the number of the block's first image.
-    fn gate(&self, x: &[f32], place: (usize, usize), first: usize, out: &mut [f32]) {
-        let (c, size) = (self.plan.channels, self.plan.pixels() * self.plan.channels);
+    fn gate(&self, x: &[f32], place: Place, first: usize, out: &mut [f32]) {
+        let (c, vectors) = (self.plan.channels, self.vectors());
+        let size = self.plan.pixels() * c;
         let mask = self.mask(place);
         let images = out.chunks_exact_mut(size).zip(x.chunks_exact(2 * size));
         for (image, (out, x)) in images.enumerate() {
-            let (s_a, s_b) = self.vector(place, first + image);
+            let (s_a, s_b) = vectors.halves(place, first + image);
             vectorized(
                 #[inline(always)]
                 || {
@@ -530,23 +513,24 @@ impl Pass<'_> {
     fn gate_gradient(
         &self,
         x: &[f32],
-        place: (usize, usize),
+        place: Place,
         first: usize,
         grad: &mut [f32],
         of_x: &mut [f32],
         of_vectors: &mut [f32],
     ) {
-        let (c, size) = (self.plan.channels, self.plan.pixels() * self.plan.channels);
+        let (c, vectors) = (self.plan.channels, self.vectors());
+        let size = self.plan.pixels() * c;
         let mask = self.mask(place);
-        let width = self.plan.layers.len() * 4 * c;
+        let width = vectors.width();
         let images = of_x
             .chunks_exact_mut(2 * size)
             .zip(of_vectors.chunks_exact_mut(width))
             .zip(x.chunks_exact(2 * size))
             .zip(grad.chunks_exact_mut(size));
         for (image, (((of_x, of_vectors), x), grad)) in images.enumerate() {
-            let vector = self.vector(place, first + image);
-            let sums = &mut of_vectors[place.0 * 4 * c + place.1 * 2 * c..][..2 * c];
+            let vector = vectors.halves(place, first + image);
+            let sums = &mut of_vectors[vectors.offset(place)..][..2 * c];
             vectorized(
                 #[inline(always)]
                 || {
@@ -569,23 +553,6 @@ impl Pass<'_> {
 const VERTICAL: usize = 0;
 const HORIZONTAL: usize = 1;
 
-/// Views that many blocks share, or those of one.
-enum Shared<'a> {
-    Borrowed(&'a Views),
-    Own(Box<Views>),
-}
-
-impl std::ops::Deref for Shared<'_> {
-    type Target = Views;
-
-    fn deref(&self) -> &Views {
-        match self {
-            Self::Borrowed(views) => views,
-            Self::Own(views) => views,
-        }
-    }
-}
-
 impl Plan {
     fn pixels(&self) -> usize {
         self.grid.0 * self.grid.1
@@ -597,6 +564,6 @@ impl Plan {
 
     /// Images of a block: by shape alone.
     fn block_images(&self) -> usize {
-        (ROWS / self.pixels().max(1)).clamp(1, self.batch.max(1))
+        block_images(self.batch, self.pixels())
     }
 }

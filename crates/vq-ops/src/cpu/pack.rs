@@ -257,7 +257,7 @@ pub(crate) fn panels_len(matrices: &[Matrix<'_>], panel: usize) -> usize {
 /// (`[panels][depth][panel]`, the last one filled up with zeros).
 pub(crate) fn weight_panels(matrices: &[Matrix<'_>], panel: usize, to: &mut [f32]) {
     let depth: usize = matrices.iter().map(Matrix::depth).sum();
-    to.par_chunks_mut((depth * panel).max(1)).enumerate().for_each(|(index, mut to)| {
+    let cut = |(index, mut to): (usize, &mut [f32])| {
         let first = index * panel;
         for Matrix { weight, axes, taps } in matrices {
             let width = panel.min(axes.columns - first);
@@ -273,5 +273,11 @@ pub(crate) fn weight_panels(matrices: &[Matrix<'_>], panel: usize, to: &mut [f32
                 }
             }
         }
-    });
+    };
+    // Little is not worth another thread's while.
+    if to.len() < 1 << 14 {
+        to.chunks_mut((depth * panel).max(1)).enumerate().for_each(cut);
+    } else {
+        to.par_chunks_mut((depth * panel).max(1)).enumerate().for_each(cut);
+    }
 }

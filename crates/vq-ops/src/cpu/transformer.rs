@@ -5,7 +5,10 @@
 
 use rayon::prelude::*;
 
-use super::blocks::{Gradients, Part, multiply, own_pixel, pack, parameter_gradients, product};
+use super::blocks::{
+    Gradients, Part, Place, Vectors, block_images, multiply, own_pixel, pack, parameter_gradients,
+    product,
+};
 use super::buffers::{Buffer, Buffers};
 use super::conv::{Finish, Rows};
 use super::pack::{Axes, DepthAxis, Matrix, Patches};
@@ -15,9 +18,6 @@ use crate::math::vectorized;
 use crate::norm::{norm_row, norm_row_gradient};
 use crate::softmax::{softmax, softmax_gradient};
 use crate::swiglu::{swiglu_row, swiglu_row_gradient};
-
-/// Rows that a task takes through the layers at a time, about.
-const ROWS: usize = 128;
 
 /// What is asked for: the sizes and where the parameters lie.
 #[derive(Debug)]
@@ -59,7 +59,7 @@ impl Plan {
 
     /// Images of a block: by shape alone.
     fn block_images(&self) -> usize {
-        (ROWS / self.positions.max(1)).clamp(1, self.batch.max(1))
+        block_images(self.batch, self.positions)
     }
 
     fn scale(&self) -> f32 {
@@ -236,7 +236,9 @@ impl Pass<'_> {
                 #[inline(always)]
                 || {
                     let rows = gated.chunks_exact_mut(hidden).zip(both.chunks_exact(2 * hidden));
-                    rows.for_each(|(to, x)| swiglu_row(x, to));
+                    for (to, x) in rows {
+                        swiglu_row(x, to);
+                    }
                 },
             );
             let next = self.add_to(
@@ -273,7 +275,7 @@ impl Pass<'_> {
         x: &[f32],
         (part, panels): (&Part, &[f32]),
         source: Rows<'_>,
-        place: (usize, usize),
+        place: Place,
         first: usize,
     ) -> Buffer {
         let mut to = self.take(x.len());
@@ -305,7 +307,7 @@ impl Pass<'_> {
         let panels: Vec<GradientPanels> =
             self.plan.layers.par_iter().map(|layer| self.gradient_panels(&all, layer)).collect();
         let rows = positions * all.images;
-        let width = self.plan.layers.len() * 4 * channels;
+        let width = self.vectors().width();
         let mut input = vec![0.; self.plan.rows() * (channels + map_channels)];
         let mut vectors = vec![0.; batch * width];
         let gradients: Vec<Vec<BlockGradients>> = input
@@ -319,15 +321,7 @@ impl Pass<'_> {
             })
             .collect();
         let theta = of_theta.then(|| self.parameter_gradients(&all, blocks, &gradients));
-        if !self.plan.own_vectors {
-            let mut sum = vec![0.; width];
-            for vector in vectors.chunks(width) {
-                for (sum, value) in sum.iter_mut().zip(vector) {
-                    *sum += value;
-                }
-            }
-            vectors = sum;
-        }
+        let vectors = self.vectors().shared(vectors);
         Gradients { input, vectors, theta }
     }
 
@@ -483,16 +477,17 @@ impl Pass<'_> {
     }
 
     /// The norms of a block's rows; `first` is the number of its first image.
-    fn norm(&self, x: &[f32], place: (usize, usize), first: usize, to: &mut [f32]) {
-        let (c, size) = (self.plan.channels, self.plan.positions * self.plan.channels);
+    fn norm(&self, x: &[f32], place: Place, first: usize, to: &mut [f32]) {
+        let (c, vectors) = (self.plan.channels, self.vectors());
+        let size = self.plan.positions * c;
         let images = to.chunks_exact_mut(size).zip(x.chunks_exact(size));
         for (image, (to, x)) in images.enumerate() {
-            let vectors = self.vector(place, first + image);
+            let halves = vectors.halves(place, first + image);
             vectorized(
                 #[inline(always)]
                 || {
                     for (to, x) in to.chunks_exact_mut(c).zip(x.chunks_exact(c)) {
-                        norm_row(x, vectors, self.plan.epsilon, to);
+                        norm_row(x, halves, self.plan.epsilon, to);
                     }
                 },
             );
@@ -502,22 +497,23 @@ impl Pass<'_> {
     fn norm_gradient(
         &self,
         x: &[f32],
-        place: (usize, usize),
+        place: Place,
         first: usize,
         grad: &[f32],
         to: &mut [f32],
         of_vectors: &mut [f32],
     ) {
-        let (c, size) = (self.plan.channels, self.plan.positions * self.plan.channels);
-        let width = self.plan.layers.len() * 4 * c;
+        let (c, vectors) = (self.plan.channels, self.vectors());
+        let size = self.plan.positions * c;
+        let width = vectors.width();
         let images = to
             .chunks_exact_mut(size)
             .zip(of_vectors.chunks_exact_mut(width))
             .zip(x.chunks_exact(size))
             .zip(grad.chunks_exact(size));
         for (image, (((to, of_vectors), x), grad)) in images.enumerate() {
-            let (gain, _) = self.vector(place, first + image);
-            let sums = &mut of_vectors[place.0 * 4 * c + place.1 * 2 * c..][..2 * c];
+            let (gain, _) = vectors.halves(place, first + image);
+            let sums = &mut of_vectors[vectors.offset(place)..][..2 * c];
             let (of_gain, of_shift) = sums.split_at_mut(c);
             vectorized(
                 #[inline(always)]
@@ -532,20 +528,17 @@ impl Pass<'_> {
         }
     }
 
-    /// (gain, shift) of a norm for that image of the batch.
-    fn vector(&self, (layer, norm): (usize, usize), image: usize) -> (&[f32], &[f32]) {
-        let c = self.plan.channels;
-        let image = if self.plan.own_vectors { image } else { 0 };
-        let first = (image * self.plan.layers.len() + layer) * 4 * c + norm * 2 * c;
-        self.vectors[first..first + 2 * c].split_at(c)
+    fn vectors(&self) -> Vectors<'_> {
+        let Plan { channels, own_vectors: own, .. } = *self.plan;
+        Vectors { values: self.vectors, channels, layers: self.plan.layers.len(), own }
     }
 
-    fn mask(&self, (layer, place): (usize, usize)) -> Option<Mask> {
-        Some(self.plan.masks.as_ref()?[layer][place])
+    fn mask(&self, (layer, which): Place) -> Option<Mask> {
+        Some(self.plan.masks.as_ref()?[layer][which])
     }
 
     /// A copy of the gradient behind a dropout.
-    fn dropped(&self, grad: &[f32], place: (usize, usize), first: usize) -> Buffer {
+    fn dropped(&self, grad: &[f32], place: Place, first: usize) -> Buffer {
         let mut to = self.take(grad.len());
         to.copy_from_slice(grad);
         if let Some(mask) = self.mask(place) {

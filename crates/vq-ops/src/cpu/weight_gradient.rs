@@ -198,6 +198,7 @@ pub(super) fn column_gradients(
     let (inner, taps) = (patches.images.channels, patches.taps.clone());
     let (sums, rows, cut) = (depth * count, CHUNK * ROW, CHUNK * count.div_ceil(panel) * panel);
     of_bias.fill(0.);
+    let mut of_chunk = vec![0.; count];
     with_scratch(sums + rows + cut, |scratch| {
         let (sums, scratch) = scratch.split_at_mut(sums);
         let (gathered, panels) = scratch.split_at_mut(rows);
@@ -208,13 +209,17 @@ pub(super) fn column_gradients(
             for chunk in 0..chunks {
                 let (start, end) = (pixels * chunk / chunks, pixels * (chunk + 1) / chunks);
                 cut_panels(kernels, ((small, false), width), start..end, columns.clone(), panels);
+                of_chunk.fill(0.);
                 for pixel in start..end {
                     let row = &small[pixel * width..][columns.clone()];
                     // SAFETY: both have as many elements.
                     #[allow(unsafe_code)]
                     unsafe {
-                        add(row.as_ptr(), of_bias.as_mut_ptr(), count);
+                        add(row.as_ptr(), of_chunk.as_mut_ptr(), count);
                     }
+                }
+                for (sum, value) in of_bias.iter_mut().zip(&of_chunk) {
+                    *sum += value;
                 }
                 let stripes = depth.div_ceil(DEPTH);
                 for stripe in 0..stripes {
