@@ -118,11 +118,11 @@ struct Panels {
 }
 
 struct GradientPanels {
-    of_gated: Buffer,
-    of_before: Buffer,
-    of_horizontal: Buffer,
-    of_vertical: Buffer,
-    of_map: Option<Buffer>,
+    gated: Buffer,
+    before: Buffer,
+    horizontal: Buffer,
+    vertical: Buffer,
+    map: Option<Buffer>,
 }
 
 /// What a block of images leaves behind for its gradients.
@@ -144,10 +144,10 @@ struct BlockLayer {
 
 /// The gradients of a block's layer that its weights' gradients need.
 struct BlockGradients {
-    of_before: Buffer,
-    of_both: Buffer,
+    before: Buffer,
+    both: Buffer,
     /// Of the horizontal stack's output.
-    of_output: Option<Buffer>,
+    output: Option<Buffer>,
 }
 
 /// A pass over the network.
@@ -281,7 +281,7 @@ impl Pass<'_> {
             let mut of_gated = self.take(rows * channels);
             let mut sources = vec![views.own_skip.rows_of(grad)];
             sources.extend(of_next.as_ref().map(|(_, h)| views.own.rows_of(h)));
-            multiply(&sources, &panels.of_gated, plain, &mut of_gated);
+            multiply(&sources, &panels.gated, plain, &mut of_gated);
 
             let mut of_both = self.take(rows * 2 * channels);
             let place = (index, HORIZONTAL);
@@ -296,21 +296,21 @@ impl Pass<'_> {
                 self.gate_gradient(&layer.before, place, first, &mut of_next, to, vectors);
             }
             let sources = [views.own_both.rows_of(&of_both)];
-            product(&sources, &panels.of_before, plain, accumulate, &mut of_before);
+            product(&sources, &panels.before, plain, accumulate, &mut of_before);
 
             let mut of_horizontal = self.take(rows * channels);
             let sources = [own.of_horizontal.rows_of(&of_both)];
             let finish = Finish { residual: of_output.as_deref(), ..plain };
-            multiply(&sources, &panels.of_horizontal, finish, &mut of_horizontal);
+            multiply(&sources, &panels.horizontal, finish, &mut of_horizontal);
             let mut of_vertical = self.take(rows * channels);
             let sources = [own.of_vertical.rows_of(&of_before)];
-            multiply(&sources, &panels.of_vertical, plain, &mut of_vertical);
-            if let (Some(of_map), Some(panels)) = (&mut of_map, &panels.of_map) {
+            multiply(&sources, &panels.vertical, plain, &mut of_vertical);
+            if let (Some(of_map), Some(panels)) = (&mut of_map, &panels.map) {
                 let sources = [views.own_both.rows_of(&of_before)];
                 let accumulate = index + 1 < block.layers.len();
                 product(&sources, panels, plain, accumulate, of_map);
             }
-            all.push(BlockGradients { of_before, of_both, of_output });
+            all.push(BlockGradients { before: of_before, both: of_both, output: of_output });
             of_next = Some((of_vertical, of_horizontal));
         }
         if let Some((vertical, horizontal)) = of_next {
@@ -341,18 +341,18 @@ impl Pass<'_> {
                     let own = &views.layers[index];
                     let is = |other: &Part| std::ptr::eq(part, other);
                     let (large, small) = if is(&layer.vertical) {
-                        (own.vertical.rows_of(&saved.vertical), &of.of_before[..])
+                        (own.vertical.rows_of(&saved.vertical), &of.before[..])
                     } else if is(&layer.horizontal) {
-                        (own.horizontal.rows_of(&saved.horizontal), &of.of_both[..])
+                        (own.horizontal.rows_of(&saved.horizontal), &of.both[..])
                     } else if is(&layer.link) {
-                        (views.own_both.rows_of(&saved.before), &of.of_both[..])
+                        (views.own_both.rows_of(&saved.before), &of.both[..])
                     } else if is(&layer.skip) {
                         let grad = &grad[number * skip_len..][..views.rows() * skip_channels];
                         (views.own.rows_of(&saved.gated), grad)
                     } else if layer.residual.as_ref().is_some_and(is) {
-                        (views.own.rows_of(&saved.gated), of.of_output.as_deref()?)
+                        (views.own.rows_of(&saved.gated), of.output.as_deref()?)
                     } else {
-                        (views.own_map.rows_of(block.map.as_deref()?), &of.of_before[..])
+                        (views.own_map.rows_of(block.map.as_deref()?), &of.before[..])
                     };
                     Some(Piece { large, small })
                 };
@@ -402,11 +402,11 @@ impl Pass<'_> {
         let vertical = layer.vertical.matrix(self.theta, Outer, &own.of_vertical.taps);
         let horizontal = layer.horizontal.matrix(self.theta, Outer, &own.of_horizontal.taps);
         GradientPanels {
-            of_gated: self.pack(&of_gated),
-            of_before: self.pack(&[layer.link.matrix(self.theta, Outer, one)]),
-            of_horizontal: self.pack(&[horizontal]),
-            of_vertical: self.pack(&[vertical]),
-            of_map: layer.map.as_ref().map(|map| self.pack(&[map.matrix(self.theta, Outer, one)])),
+            gated: self.pack(&of_gated),
+            before: self.pack(&[layer.link.matrix(self.theta, Outer, one)]),
+            horizontal: self.pack(&[horizontal]),
+            vertical: self.pack(&[vertical]),
+            map: layer.map.as_ref().map(|map| self.pack(&[map.matrix(self.theta, Outer, one)])),
         }
     }
 

@@ -103,11 +103,11 @@ struct Panels {
 }
 
 struct GradientPanels {
-    of_map: Option<Buffer>,
-    of_normed: Buffer,
-    of_read: Buffer,
-    of_mlp_normed: Buffer,
-    of_hidden: Buffer,
+    map: Option<Buffer>,
+    normed: Buffer,
+    read: Buffer,
+    mlp_normed: Buffer,
+    hidden: Buffer,
 }
 
 /// What a block of images leaves behind for its gradients.
@@ -135,12 +135,12 @@ struct BlockLayer {
 /// The gradients of a block's layer that its weights' gradients need.
 struct BlockGradients {
     /// Of the network's output and of what goes into its gate.
-    of_mlp_out: Buffer,
-    of_both: Buffer,
-    of_output: Buffer,
-    of_projections: [Buffer; 3],
+    mlp_out: Buffer,
+    both: Buffer,
+    output: Buffer,
+    projections: [Buffer; 3],
     /// Of the layer's input, where the map was added to it.
-    of_x: Option<Buffer>,
+    x: Option<Buffer>,
 }
 
 /// A pass over the network.
@@ -347,7 +347,7 @@ impl Pass<'_> {
             let of_mlp_out = self.dropped(&of_x, (index, MLP), first);
             let mut of_hidden = self.take(rows * hidden);
             let sources = [views.own.rows_of(&of_mlp_out)];
-            multiply(&sources, &panels.of_hidden, plain, &mut of_hidden);
+            multiply(&sources, &panels.hidden, plain, &mut of_hidden);
             let mut of_both = self.take(rows * 2 * hidden);
             vectorized(
                 #[inline(always)]
@@ -361,7 +361,7 @@ impl Pass<'_> {
             );
             let mut of_normed = self.take(rows * c);
             let sources = [views.own_both.rows_of(&of_both)];
-            multiply(&sources, &panels.of_mlp_normed, plain, &mut of_normed);
+            multiply(&sources, &panels.mlp_normed, plain, &mut of_normed);
             let mut of_between = self.take(rows * c);
             let place = (index, MLP);
             self.norm_gradient(&layer.between, place, first, &of_normed, &mut of_between, vectors);
@@ -369,15 +369,15 @@ impl Pass<'_> {
 
             let of_output = self.dropped(&of_between, (index, ATTENTION), first);
             let mut of_read = self.take(rows * c);
-            multiply(&[views.own.rows_of(&of_output)], &panels.of_read, plain, &mut of_read);
+            multiply(&[views.own.rows_of(&of_output)], &panels.read, plain, &mut of_read);
             let of_projections = self.attention_gradient(layer, &of_read);
             let sources = [0, 1, 2].map(|i| views.own.rows_of(&of_projections[i]));
-            multiply(&sources, &panels.of_normed, plain, &mut of_normed);
+            multiply(&sources, &panels.normed, plain, &mut of_normed);
             let mut of_input = self.take(rows * c);
             let place = (index, ATTENTION);
             self.norm_gradient(&layer.x, place, first, &of_normed, &mut of_input, vectors);
             add(&mut of_input, &of_between);
-            if let (Some(of_map), Some(panels)) = (&mut of_map, &panels.of_map) {
+            if let (Some(of_map), Some(panels)) = (&mut of_map, &panels.map) {
                 let accumulate = index + 1 < block.layers.len();
                 product(&[views.own.rows_of(&of_input)], panels, plain, accumulate, of_map);
             }
@@ -388,11 +388,11 @@ impl Pass<'_> {
             });
             of_x = of_input;
             gradients.push(BlockGradients {
-                of_mlp_out,
-                of_both,
-                of_output,
-                of_projections,
-                of_x: of_layer,
+                mlp_out: of_mlp_out,
+                both: of_both,
+                output: of_output,
+                projections: of_projections,
+                x: of_layer,
             });
         }
         for (row, input) in input.chunks_exact_mut(c + m).enumerate() {
@@ -420,7 +420,7 @@ impl Pass<'_> {
                     let block = &blocks[number];
                     let (saved, of) = (&block.layers[index], &gradients[number][index]);
                     let is = |other: &Part| std::ptr::eq(part, other);
-                    let [query, key, value] = &of.of_projections;
+                    let [query, key, value] = &of.projections;
                     let (large, small) = if is(&layer.query) {
                         (views.own.rows_of(&saved.normed), query)
                     } else if is(&layer.key) {
@@ -428,13 +428,13 @@ impl Pass<'_> {
                     } else if is(&layer.value) {
                         (views.own.rows_of(&saved.normed), value)
                     } else if is(&layer.output) {
-                        (views.own.rows_of(&saved.read), &of.of_output)
+                        (views.own.rows_of(&saved.read), &of.output)
                     } else if is(&layer.mlp_in) {
-                        (views.own.rows_of(&saved.mlp_normed), &of.of_both)
+                        (views.own.rows_of(&saved.mlp_normed), &of.both)
                     } else if is(&layer.mlp_out) {
-                        (views.own_hidden.rows_of(&saved.hidden), &of.of_mlp_out)
+                        (views.own_hidden.rows_of(&saved.hidden), &of.mlp_out)
                     } else {
-                        (views.own_map.rows_of(block.map.as_deref()?), of.of_x.as_ref()?)
+                        (views.own_map.rows_of(block.map.as_deref()?), of.x.as_ref()?)
                     };
                     Some(Piece { large, small })
                 };
@@ -585,11 +585,11 @@ impl Pass<'_> {
             pack(&parts.iter().map(matrix).collect::<Vec<_>>(), self.buffers)
         };
         GradientPanels {
-            of_map: layer.map.as_ref().map(|map| panels(&[map])),
-            of_normed: panels(&[&layer.query, &layer.key, &layer.value]),
-            of_read: panels(&[&layer.output]),
-            of_mlp_normed: panels(&[&layer.mlp_in]),
-            of_hidden: panels(&[&layer.mlp_out]),
+            map: layer.map.as_ref().map(|map| panels(&[map])),
+            normed: panels(&[&layer.query, &layer.key, &layer.value]),
+            read: panels(&[&layer.output]),
+            mlp_normed: panels(&[&layer.mlp_in]),
+            hidden: panels(&[&layer.mlp_out]),
         }
     }
 }
