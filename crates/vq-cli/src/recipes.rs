@@ -19,7 +19,7 @@ pub(crate) const SHAPES: &str = "shapes";
 /// What it does with its plain images.
 pub(crate) const PLAIN_SHAPES: &str = "plain-shapes";
 
-pub(crate) const EMBEDDED: [Embedded; 8] = [
+pub(crate) const EMBEDDED: [Embedded; 9] = [
     Embedded { name: DEFAULT, text: include_str!("../configs/cifar10.toml") },
     Embedded { name: "cifar10-paper", text: include_str!("../configs/cifar10-paper.toml") },
     Embedded {
@@ -34,6 +34,10 @@ pub(crate) const EMBEDDED: [Embedded; 8] = [
     Embedded { name: "images1024", text: include_str!("../configs/images1024.toml") },
     Embedded { name: SHAPES, text: include_str!("../configs/shapes.toml") },
     Embedded { name: PLAIN_SHAPES, text: include_str!("../configs/plain-shapes.toml") },
+    Embedded {
+        name: "plain-shapes-hierarchical",
+        text: include_str!("../configs/plain-shapes-hierarchical.toml"),
+    },
 ];
 
 /// What `train-prior` does without `--config`, by the kind of the network.
@@ -147,6 +151,7 @@ mod tests {
             ("images1024", &[128, 64, 32], 193_536.0),
             ("shapes", &[8], 512.0),
             ("plain-shapes", &[8], 384.0),
+            ("plain-shapes-hierarchical", &[16, 8], 1_664.0),
         ] {
             let model = load(name).unwrap().model;
             let [height, width] = model.image_size;

@@ -85,11 +85,13 @@ fn plain_shapes_have_two_colors_and_are_whole() {
         let mut counts: Vec<_> = counts.into_iter().map(|(color, count)| (count, color)).collect();
         counts.sort_unstable();
         // The rest is where the two are mixed along the outline.
-        let [.., (fewer, _), (more, background)] = counts[..] else { panic!("{index}: one color") };
+        let [.., (fewer, one), (more, other)] = counts[..] else { panic!("{index}: one color") };
         assert!(fewer + more > 750 && fewer > 60, "{index}: {fewer} + {more}");
+        // A shape may reach into some of the corners.
         let corners = [0, 31, 31 * 32, 1023].map(color);
+        let background = if corners.contains(&one) { one } else { other };
         let at_corners = corners.iter().filter(|&&corner| corner == background).count();
-        assert!(at_corners >= 2 || splits.train.label(index) == 1, "{index}: {corners:?}");
+        assert!(at_corners >= 2, "{index}: {corners:?}");
     }
     let other = open(Style::Textured, &options(200, 1 << 30)).expect("shapes");
     assert_ne!(images(splits.train.as_ref()), images(other.train.as_ref()));
