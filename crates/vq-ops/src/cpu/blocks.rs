@@ -136,7 +136,7 @@ pub(super) fn pack(matrices: &[Matrix<'_>], buffers: &Buffers) -> Buffer {
     to
 }
 
-/// `out` = the sources side by side × the panels, on this thread.
+/// `out` = the sources side by side × the panels; see [`Product::run`].
 pub(super) fn multiply(sources: &[Rows<'_>], panels: &[f32], finish: Finish<'_>, out: &mut [f32]) {
     product(sources, panels, finish, false, out);
 }
