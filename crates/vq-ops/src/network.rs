@@ -1,12 +1,15 @@
 //! What the operations that are whole networks have in common: operands, parameters, gradients.
 
-use candle_core::{D, DType, Result, Tensor, bail};
+use std::sync::{Mutex, PoisonError};
+
+use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 
 use crate::cpu::blocks::{Gradients, Part};
+use crate::cpu::buffers::Buffers;
 use crate::dropout::Mask;
 use crate::fused::on_a_worker;
 use crate::gradients::{Delivery, delivery};
-use crate::storage::f32_slice;
+use crate::storage::{f32_elements, f32_slice};
 
 /// What is dropped in the layers of a network; see [`dropout`](crate::dropout()).
 #[derive(Clone, Debug)]
@@ -154,34 +157,127 @@ impl Taken {
     }
 }
 
-/// What an operation's backward pass gives for its three operands, from what `work` computes of x, vectors,
-/// parameters, the result's gradient, and whether the parameters' gradients are asked for.
-pub(crate) fn gradients_of(
-    [x, vectors, theta]: [&Tensor; 3],
-    grad: &Tensor,
-    delivery: Option<&Delivery>,
-    work: impl FnOnce(&[f32], &[f32], &[f32], &[f32], bool) -> Gradients + Send,
-) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-    let grad = grad.contiguous()?;
-    let of_theta = theta.track_op() || delivery.is_some();
-    let gradients = f32_slice(x, |x| {
-        f32_slice(vectors, |vectors| {
-            f32_slice(theta, |theta| {
-                f32_slice(&grad, |grad| on_a_worker(|| work(x, vectors, theta, grad, of_theta)))
-            })
-        })
-    })????;
-    let tensor = |values: Vec<f32>, like: &Tensor| {
-        let wanted = like.track_op();
-        wanted.then(|| Tensor::from_vec(values, like.shape(), like.device())).transpose()
-    };
-    let of_theta = match (delivery, gradients.theta) {
-        (Some(delivery), Some(values)) => {
-            delivery.add(Tensor::from_vec(values, theta.shape(), theta.device())?)?;
-            None
+/// x, vectors and parameters of a pass.
+#[derive(Clone, Copy)]
+pub(crate) struct Slices<'a> {
+    pub x: &'a [f32],
+    pub vectors: &'a [f32],
+    pub theta: &'a [f32],
+}
+
+/// A network's passes over its operands.
+pub(crate) trait Network: Send + Sync {
+    /// Of the operation.
+    const NAME: &'static str;
+    /// What some images leave behind for their gradients.
+    type Block: Send;
+
+    /// The result, and what the backward pass needs if it is to follow.
+    fn forward(
+        &self,
+        operands: Slices<'_>,
+        buffers: &Buffers,
+        keep: bool,
+    ) -> (Vec<f32>, Vec<Self::Block>);
+
+    /// The gradients, given that of the result; those of the parameters where `of_theta`.
+    fn backward(
+        &self,
+        operands: Slices<'_>,
+        buffers: &Buffers,
+        blocks: &[Self::Block],
+        grad: &[f32],
+        of_theta: bool,
+    ) -> Gradients;
+}
+
+/// Runs a network, whose result has that shape. Differentiable in all tensors.
+pub(crate) fn run<N: Network + 'static>(
+    network: N,
+    taken: Taken,
+    shape: impl Into<Shape>,
+    buffers: &Buffers,
+) -> Result<Tensor> {
+    buffers.begin_pass();
+    let Taken { x, vectors, theta, keep, delivery } = taken;
+    let (saved, buffers) = (Mutex::new(None), buffers.clone());
+    let op = NetworkOp { network, shape: shape.into(), keep, saved, buffers, delivery };
+    x.apply_op3(&vectors, &theta, op)
+}
+
+struct NetworkOp<N: Network> {
+    network: N,
+    shape: Shape,
+    /// Whether a backward pass can follow.
+    keep: bool,
+    saved: Mutex<Option<Vec<N::Block>>>,
+    buffers: Buffers,
+    delivery: Option<Delivery>,
+}
+
+impl<N: Network> CustomOp3 for NetworkOp<N> {
+    fn name(&self) -> &'static str {
+        N::NAME
+    }
+
+    fn cpu_fwd(
+        &self,
+        x: &CpuStorage,
+        x_layout: &Layout,
+        vectors: &CpuStorage,
+        vectors_layout: &Layout,
+        theta: &CpuStorage,
+        theta_layout: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let operands = Slices {
+            x: f32_elements(x, x_layout)?,
+            vectors: f32_elements(vectors, vectors_layout)?,
+            theta: f32_elements(theta, theta_layout)?,
+        };
+        let (out, saved) = on_a_worker(|| self.network.forward(operands, &self.buffers, self.keep));
+        if self.keep {
+            *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
         }
-        (_, Some(values)) => tensor(values, theta)?,
-        (_, None) => None,
-    };
-    Ok((tensor(gradients.input, x)?, tensor(gradients.vectors, vectors)?, of_theta))
+        Ok((CpuStorage::F32(out), self.shape.clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        vectors: &Tensor,
+        theta: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let grad = grad.contiguous()?;
+        let of_theta = theta.track_op() || self.delivery.is_some();
+        let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let work = |operands: Slices<'_>, grad: &[f32]| {
+            let (network, buffers) = (&self.network, &self.buffers);
+            // A second backward pass through the same graph computes it anew.
+            let saved = saved.unwrap_or_else(|| network.forward(operands, buffers, true).1);
+            network.backward(operands, buffers, &saved, grad, of_theta)
+        };
+        let gradients = f32_slice(x, |x| {
+            f32_slice(vectors, |vectors| {
+                f32_slice(theta, |theta| {
+                    let operands = Slices { x, vectors, theta };
+                    f32_slice(&grad, |grad| on_a_worker(|| work(operands, grad)))
+                })
+            })
+        })????;
+        let tensor = |values: Vec<f32>, like: &Tensor| {
+            let wanted = like.track_op();
+            wanted.then(|| Tensor::from_vec(values, like.shape(), like.device())).transpose()
+        };
+        let of_theta = match (&self.delivery, gradients.theta) {
+            (Some(delivery), Some(values)) => {
+                delivery.add(Tensor::from_vec(values, theta.shape(), theta.device())?)?;
+                None
+            }
+            (_, Some(values)) => tensor(values, theta)?,
+            (_, None) => None,
+        };
+        Ok((tensor(gradients.input, x)?, tensor(gradients.vectors, vectors)?, of_theta))
+    }
 }

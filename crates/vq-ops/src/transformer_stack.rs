@@ -1,16 +1,12 @@
 //! A Transformer's layers as one operation on the CPU.
 
-use std::sync::{Mutex, PoisonError};
+use candle_core::{Device, Result, Tensor, bail};
 
-use candle_core::{CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor, bail};
-
+use crate::cpu::blocks::Gradients;
 use crate::cpu::buffers::Buffers;
 use crate::cpu::transformer::{Block, Layer, Pass, Plan};
 use crate::dispatch::on_cpu;
-use crate::fused::on_a_worker;
-use crate::gradients::Delivery;
-use crate::network::{Dropout, Operands, Parts, Taken, gradients_of};
-use crate::storage::f32_elements;
+use crate::network::{Dropout, Network, Operands, Parts, Slices, Taken, run};
 
 /// The layers of a decoder-only Transformer, run as one operation. With (g, s) the gain and shift of a norm for
 /// the image and m the map, each layer is
@@ -122,71 +118,34 @@ impl TransformerLayers {
             epsilon: self.epsilon as f32,
             masks: operands.masks(dropout)?,
         };
-        let Taken { x, vectors, theta, keep, delivery } = Taken::new(x, map, vectors, params)?;
-        self.buffers.begin_pass();
-        let shape = Shape::from((sizes.batch, sizes.height, sizes.width, self.channels));
-        let (saved, buffers) = (Mutex::new(None), self.buffers.clone());
-        let op = TransformerOp { plan, shape, keep, saved, buffers, delivery };
-        x.apply_op3(&vectors, &theta, op)
+        let shape = (sizes.batch, sizes.height, sizes.width, self.channels);
+        run(plan, Taken::new(x, map, vectors, params)?, shape, &self.buffers)
     }
 }
 
-struct TransformerOp {
-    plan: Plan,
-    shape: Shape,
-    /// Whether a backward pass can follow.
-    keep: bool,
-    saved: Mutex<Option<Vec<Block>>>,
-    buffers: Buffers,
-    delivery: Option<Delivery>,
-}
+impl Network for Plan {
+    const NAME: &'static str = "vq-transformer-layers";
+    type Block = Block;
 
-impl TransformerOp {
-    fn pass<'a>(&'a self, vectors: &'a [f32], theta: &'a [f32]) -> Pass<'a> {
-        Pass { plan: &self.plan, theta, vectors, buffers: &self.buffers }
-    }
-}
-
-impl CustomOp3 for TransformerOp {
-    fn name(&self) -> &'static str {
-        "vq-transformer-layers"
-    }
-
-    fn cpu_fwd(
+    fn forward(
         &self,
-        x: &CpuStorage,
-        x_layout: &Layout,
-        vectors: &CpuStorage,
-        vectors_layout: &Layout,
-        theta: &CpuStorage,
-        theta_layout: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        let x = f32_elements(x, x_layout)?;
-        let vectors = f32_elements(vectors, vectors_layout)?;
-        let theta = f32_elements(theta, theta_layout)?;
-        let (out, saved) = on_a_worker(|| self.pass(vectors, theta).forward(x, self.keep));
-        if self.keep {
-            *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
-        }
-        Ok((CpuStorage::F32(out), self.shape.clone()))
+        operands: Slices<'_>,
+        buffers: &Buffers,
+        keep: bool,
+    ) -> (Vec<f32>, Vec<Block>) {
+        let Slices { x, vectors, theta } = operands;
+        Pass { plan: self, theta, vectors, buffers }.forward(x, keep)
     }
 
-    fn bwd(
+    fn backward(
         &self,
-        x: &Tensor,
-        vectors: &Tensor,
-        theta: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let operands = [x, vectors, theta];
-        let delivery = self.delivery.as_ref();
-        gradients_of(operands, grad, delivery, |x, vectors, theta, grad, of_theta| {
-            let pass = self.pass(vectors, theta);
-            // A second backward pass through the same graph computes it anew.
-            let saved = saved.unwrap_or_else(|| pass.forward(x, true).1);
-            pass.backward(&saved, grad, of_theta)
-        })
+        operands: Slices<'_>,
+        buffers: &Buffers,
+        blocks: &[Block],
+        grad: &[f32],
+        of_theta: bool,
+    ) -> Gradients {
+        let Slices { vectors, theta, .. } = operands;
+        Pass { plan: self, theta, vectors, buffers }.backward(blocks, grad, of_theta)
     }
 }
