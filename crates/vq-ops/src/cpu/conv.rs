@@ -7,10 +7,11 @@ use std::cell::RefCell;
 use rayon::prelude::*;
 
 use super::SharedMut;
-use super::bf16::conv::{PatchProduct, Sink};
+use super::bf16::conv::PatchProduct;
 use super::bf16::{self, Rounded};
 use super::buffers::Buffers;
 use super::elements::{Elements, Output};
+use super::ending::Sink;
 use super::pack::{
     Axes, DepthAxis, Gather, Images, Matrix, Patches, Place, Tap, panels_len, weight_panels,
 };
@@ -112,6 +113,13 @@ impl<M> Default for Finish<'_, M> {
     }
 }
 
+impl<'a> Finish<'a> {
+    fn of_elements(self) -> Finish<'a, Elements<'a>> {
+        let Self { bias, mask, residual } = self;
+        Finish { bias, mask: mask.map(Elements::F32), residual }
+    }
+}
+
 impl<'a> Finish<'a, Elements<'a>> {
     /// With the mask in f32.
     fn widened<R>(self, work: impl FnOnce(Finish<'_>) -> R) -> R {
@@ -145,7 +153,7 @@ pub(crate) fn large_to_small(
         }),
         Source::Bf16(large) => {
             let (large, sink) = (large.halves(), Sink::new(small));
-            bf16::conv::multiply(&patches, large, weight, axes, finish, target, buffers, sink);
+            multiply_halves(&patches, large, weight, axes, finish, target, buffers, sink);
         }
     }
 }
@@ -184,7 +192,7 @@ pub(crate) fn small_to_large(
         Source::Bf16(small) => {
             let (small, sink) = (small.halves(), Sink::new(large));
             for (patches, target) in geometry.phases(relu) {
-                bf16::conv::multiply(&patches, small, weight, axes, finish, target, buffers, sink);
+                multiply_halves(&patches, small, weight, axes, finish, target, buffers, sink);
             }
         }
     }
@@ -264,8 +272,9 @@ fn multiply(
     out: &mut [f32],
 ) {
     let kernels = kernels();
-    if let Some(plan) = Plan::new(patches, target.images.channels, kernels.lanes) {
-        winograd::multiply(&plan, kernels, patches, x, weight, axes, finish, target, buffers, out);
+    if let Some(plan) = Plan::new(patches, axes.columns, kernels, Precision::F32) {
+        let (finish, sink) = (finish.of_elements(), Sink::new(Output::F32(out)));
+        winograd::multiply(&plan, kernels, patches, x, weight, axes, finish, target, buffers, sink);
         return;
     }
     let mut panels = PANELS.take();
@@ -280,6 +289,26 @@ fn multiply(
         product.block(first..(first + BLOCK).min(rows), out);
     });
     PANELS.set(panels);
+}
+
+/// As [`multiply`], with both factors rounded.
+#[allow(clippy::too_many_arguments)]
+fn multiply_halves(
+    patches: &Patches,
+    x: &[u16],
+    weight: &[f32],
+    axes: Axes,
+    finish: Finish<'_, Elements<'_>>,
+    target: Target,
+    buffers: &Buffers,
+    sink: Sink,
+) {
+    let kernels = kernels();
+    if let Some(plan) = Plan::new(patches, axes.columns, kernels, Precision::Bf16) {
+        winograd::multiply(&plan, kernels, patches, x, weight, axes, finish, target, buffers, sink);
+    } else {
+        bf16::conv::multiply(patches, x, weight, axes, finish, target, buffers, sink);
+    }
 }
 
 /// One matrix in its panels, grown or cut to their length.

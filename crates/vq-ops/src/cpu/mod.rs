@@ -12,6 +12,7 @@ pub(crate) mod choice;
 mod codebook;
 pub(crate) mod conv;
 pub(crate) mod elements;
+pub(crate) mod ending;
 pub(crate) mod gated;
 pub(crate) mod nearest;
 pub(crate) mod pack;

@@ -39,14 +39,16 @@ fn on_every_cpu(check: impl Fn(&str)) {
     }
 }
 
-/// As [`on_every_cpu`], for the kernels of that precision.
+/// As [`on_every_cpu`], for the kernels of that precision, with f32 kernels of the same instruction set.
 fn on_every_cpu_with(precision: Precision, check: impl Fn(&str)) {
     if precision == Precision::F32 {
         return on_every_cpu(check);
     }
     for kernels in bf16::kernels::available() {
         bf16::kernels::FORCED.set(Some(kernels));
+        FORCED.set(available().into_iter().find(|of_f32| of_f32.name == kernels.name));
         check(&format!("bf16 {}", kernels.name));
+        FORCED.set(None);
         bf16::kernels::FORCED.set(None);
     }
 }
@@ -135,9 +137,7 @@ fn check_geometry(g: &Geometry, relu_on: bool, finish_on: bool) {
     // Rounding is in proportion to the sum of the products' sizes, not to the sum itself. Minimal
     // filtering trades accuracy for its fewer multiplications: its transforms multiply by up to 8 and
     // subtract again, in two dimensions. A wrong or missing product is off by thousands of times that.
-    let minimal = g.precision == Precision::F32
-        && g.small.channels.is_multiple_of(8)
-        && g.large.channels.is_multiple_of(8);
+    let minimal = g.small.channels.is_multiple_of(8) && g.large.channels.is_multiple_of(8);
     let allowed = |sizes: &[f64]| {
         let largest = sizes.iter().fold(1., |a: f64, b| a.max(*b));
         largest * f64::from(f32::EPSILON) * if minimal { 64. } else { 8. }
@@ -245,10 +245,11 @@ proptest! {
         channels in (1usize..5, 1usize..5),
         three in any::<bool>(), padding in 0usize..3,
         relu in any::<bool>(), finish in any::<bool>(),
+        precision in prop::sample::select(vec![Precision::F32, Precision::Bf16]),
     ) {
         let (kernel, stride) = if three { (3, 1) } else { (4, 2) };
         let channels = (16 * channels.0, 16 * channels.1);
-        if let Some(g) = geometry(size, channels, (kernel, kernel), (stride, padding, 1), Precision::F32) {
+        if let Some(g) = geometry(size, channels, (kernel, kernel), (stride, padding, 1), precision) {
             check_geometry(&g, relu, finish);
         }
     }

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 use super::choice::wanted;
 use super::pack::{CopyFn, Gather, GatherFn, gather};
 use super::vector::{Portable, Vector};
-use super::winograd_transform::{self as winograd, Filter, Transforms};
+use super::winograd_transform::{self as winograd, Element, Filter, Readers, Transforms};
 
 /// How deep a product runs before its sums go back to memory: one panel of `DEPTH × columns` then
 /// stays in the first-level cache.
@@ -354,15 +354,15 @@ macro_rules! kernels_for {
             }
 
             $(#[target_feature(enable = $feature)])?
-            unsafe fn input<F: Filter>(job: &winograd::Input<'_>) {
+            unsafe fn input<F: Filter, T: Element>(job: &winograd::Input<'_, T>) {
                 // SAFETY: as above.
-                unsafe { winograd::input::<$vector, F>(job) }
+                unsafe { winograd::input::<$vector, F, T>(job) }
             }
 
             $(#[target_feature(enable = $feature)])?
-            unsafe fn gradient<F: Filter>(job: &winograd::Input<'_>) {
+            unsafe fn gradient<F: Filter, T: Element>(job: &winograd::Input<'_, T>) {
                 // SAFETY: as above.
-                unsafe { winograd::gradient::<$vector, F>(job) }
+                unsafe { winograd::gradient::<$vector, F, T>(job) }
             }
 
             $(#[target_feature(enable = $feature)])?
@@ -391,8 +391,8 @@ macro_rules! kernels_for {
 
             const fn transforms<F: Filter>() -> Transforms {
                 Transforms {
-                    input: input::<F>,
-                    gradient: gradient::<F>,
+                    input: Readers { values: input::<F, f32>, halves: input::<F, u16> },
+                    gradient: Readers { values: gradient::<F, f32>, halves: gradient::<F, u16> },
                     output: output::<F>,
                     kernel: kernel::<F>,
                     kernel_gradient: kernel_gradient::<F>,

@@ -34,23 +34,27 @@ pub(crate) fn weight_gradient(
         gradient.fill(0.);
         return;
     }
+    let kernels = kernels();
+    let plan = Plan::new(&patches, geometry.small.channels, kernels, geometry.precision);
+    let axes = Axes::new(geometry.weight_shape(), DepthAxis::Inner);
     if geometry.precision == Precision::Bf16 {
         let [large, small] = [large, small].map(|(x, relu)| Rounded::new(x, relu, buffers));
-        bf16::weight_gradient::weight_gradient(
-            geometry,
-            &patches,
-            large.halves(),
-            small.halves(),
-            buffers,
-            gradient,
-        );
+        let (large, small) = (large.halves(), small.halves());
+        if let Some(plan) = plan {
+            let small = (small, /* relu, again */ false);
+            winograd::weight_gradient(
+                &plan, kernels, &patches, large, small, axes, buffers, gradient,
+            );
+        } else {
+            bf16::weight_gradient::weight_gradient(
+                geometry, &patches, large, small, buffers, gradient,
+            );
+        }
         return;
     }
     let large = (&*large.0.widen(), large.1);
     let small = (&*small.0.widen(), small.1);
-    let kernels = kernels();
-    if let Some(plan) = Plan::new(&patches, geometry.small.channels, kernels.lanes) {
-        let axes = Axes::new(geometry.weight_shape(), DepthAxis::Inner);
+    if let Some(plan) = plan {
         winograd::weight_gradient(
             &plan, kernels, &patches, large.0, small, axes, buffers, gradient,
         );

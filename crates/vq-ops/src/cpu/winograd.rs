@@ -4,12 +4,15 @@
 
 use rayon::prelude::*;
 
-use super::SharedMut;
 use super::buffers::Buffers;
 use super::conv::{Finish, Target, with_scratch};
+use super::elements::Elements;
+use super::ending::{Ending, Sink};
 use super::pack::{Axes, Patches, Place};
 use super::tile::{DEPTH, Kernels, Operand, ROW, Tile};
-use super::winograd_transform::{Input, OUT, Output, Transforms};
+use super::winograd_transform::{Element, Input, OUT, Output, Transforms};
+use super::{SharedMut, bf16};
+use crate::Precision;
 
 /// Tiles that a task transforms and multiplies at a time: as many rows as the widest kernels take.
 const BLOCK: usize = 14;
@@ -43,9 +46,16 @@ struct Group {
 }
 
 impl Plan {
-    /// A plan for these patches with that many output channels, where it is worth it.
-    pub(crate) fn new(patches: &Patches, columns: usize, lanes: usize) -> Option<Self> {
-        let channels = patches.images.channels;
+    /// A plan for these patches with that many output channels, where it is faster than the definition with its
+    /// products in that precision. All arithmetic is f32 either way: factors in bfloat16 are rounded before the
+    /// transforms.
+    pub(crate) fn new(
+        patches: &Patches,
+        columns: usize,
+        kernels: &Kernels,
+        precision: Precision,
+    ) -> Option<Self> {
+        let (channels, lanes) = (patches.images.channels, kernels.lanes);
         if !channels.is_multiple_of(lanes)
             || !columns.is_multiple_of(lanes)
             || columns == 0
@@ -59,6 +69,9 @@ impl Plan {
             9 => 3,
             _ => return None,
         };
+        if precision == Precision::Bf16 && taps < bf16::kernels::kernels().filters_from {
+            return None;
+        }
         let mut groups: Vec<Group> = Vec::new();
         // The taps are sorted, so a group meets its first tap first and the others row by row.
         for tap in &patches.taps {
@@ -108,11 +121,11 @@ impl Plan {
 
     /// Transforms the patches of `tile` (counted over all images) of every group to
     /// `[elements][pieces][rows][ROW]`, row `row`.
-    fn input(
+    fn input<T: Element>(
         &self,
         kernels: &Kernels,
         patches: &Patches,
-        x: &[f32],
+        x: &[T],
         tile: usize,
         (row, rows): (usize, usize),
         to: SharedMut,
@@ -150,7 +163,7 @@ impl Plan {
                 // and each (group, run, row) has elements of its own in `to`.
                 #[allow(unsafe_code)]
                 unsafe {
-                    (self.transforms(kernels).input)(&job);
+                    T::reader(&self.transforms(kernels).input)(&job);
                 }
             }
         }
@@ -183,7 +196,7 @@ impl Plan {
     }
 
     /// The transformed weight, `[elements][panels][depth][panel]`.
-    fn weight(
+    fn weight<T: Element>(
         &self,
         kernels: &Kernels,
         weight: &[f32],
@@ -207,7 +220,7 @@ impl Plan {
                 for (place, to) in self.groups[group].index.iter().zip(taps.chunks_mut(lanes)) {
                     let from = place + channel * axes.channel_step + first * axes.column_step;
                     for (j, value) in to.iter_mut().enumerate() {
-                        *value = weight[from + j * axes.column_step];
+                        *value = T::weight(weight[from + j * axes.column_step]);
                     }
                 }
                 // SAFETY: `taps` holds R·R registers; each (row, half) has elements of its own, and
@@ -225,22 +238,21 @@ impl Plan {
 
 /// A patch convolution by `plan`.
 #[allow(clippy::too_many_arguments)]
-pub(crate) fn multiply(
+pub(crate) fn multiply<T: Element>(
     plan: &Plan,
     kernels: &Kernels,
     patches: &Patches,
-    x: &[f32],
+    x: &[T],
     weight: &[f32],
     axes: Axes,
-    finish: Finish<'_>,
+    finish: Finish<'_, Elements<'_>>,
     target: Target,
     buffers: &Buffers,
-    out: &mut [f32],
+    sink: Sink,
 ) {
     let columns = axes.columns;
-    let weight = plan.weight(kernels, weight, axes, buffers);
+    let weight = plan.weight::<T>(kernels, weight, axes, buffers);
     let tiles = patches.images.batch * plan.tiles.0 * plan.tiles.1;
-    let out = SharedMut::new(out);
     let size = plan.elements() * BLOCK * (plan.pieces() * ROW + columns);
     (0..tiles.div_ceil(BLOCK)).into_par_iter().for_each(|block| {
         let (first, end) = (block * BLOCK, ((block + 1) * BLOCK).min(tiles));
@@ -286,17 +298,13 @@ pub(crate) fn multiply(
                     }
                 }
             }
-            let pointer = |v: Option<&[f32]>| v.map_or(std::ptr::null(), <[f32]>::as_ptr);
             for tile in first..end {
                 let job = Output {
                     from: products.get().wrapping_add((tile - first) * columns),
                     step: BLOCK * columns,
                     channels: columns,
                     pixels: &plan.outputs(tile, patches.grid, &target),
-                    to: out.get(),
-                    bias: pointer(finish.bias),
-                    mask: pointer(finish.mask),
-                    residual: pointer(finish.residual),
+                    ending: Ending::new(finish, sink),
                 };
                 // SAFETY: each output pixel belongs to one tile, each tile to one task.
                 #[allow(unsafe_code)]
@@ -311,12 +319,12 @@ pub(crate) fn multiply(
 /// The weight gradient of a patch convolution by `plan`: `small` is `[M, columns]`, one row per
 /// patch; adds to nothing, overwrites `gradient` `[outer, inner, KH, KW]` read by `axes`.
 #[allow(clippy::too_many_arguments)]
-pub(crate) fn weight_gradient(
+pub(crate) fn weight_gradient<T: Element>(
     plan: &Plan,
     kernels: &Kernels,
     patches: &Patches,
-    large: &[f32],
-    small: (&[f32], /* relu */ bool),
+    large: &[T],
+    small: (&[T], /* relu */ bool),
     axes: Axes,
     buffers: &Buffers,
     gradient: &mut [f32],
@@ -350,7 +358,7 @@ pub(crate) fn weight_gradient(
             // SAFETY: the pixels lie inside `small`; each row has elements of its own.
             #[allow(unsafe_code)]
             unsafe {
-                (plan.transforms(kernels).gradient)(&job);
+                T::reader(&plan.transforms(kernels).gradient)(&job);
             }
         });
         let shared = SharedMut::new(&mut sums);

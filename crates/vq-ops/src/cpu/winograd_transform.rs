@@ -7,6 +7,9 @@
 
 #![allow(clippy::needless_range_loop)] // rows and columns of small matrices
 
+use super::bf16::kernels::round;
+use super::bf16::widen;
+use super::ending::Ending;
 use super::vector::Vector;
 
 /// Outputs of a tile along an axis.
@@ -20,9 +23,9 @@ pub(crate) const MAX: usize = 6;
 /// the lanes, and the CPU has the instruction set.
 pub(crate) struct Transforms {
     /// `Bᵀ d B` of an input tile.
-    pub input: unsafe fn(&Input<'_>),
+    pub input: Readers,
     /// `A y Aᵀ` of a tile of the output's gradient.
-    pub gradient: unsafe fn(&Input<'_>),
+    pub gradient: Readers,
     /// `Aᵀ m A`, finished and stored.
     pub output: unsafe fn(&Output<'_>),
     /// `G g Gᵀ` of as many kernels as there are lanes, `taps` being `[R·R][lanes]`.
@@ -31,10 +34,66 @@ pub(crate) struct Transforms {
     pub kernel_gradient: unsafe fn(*const f32, usize, *mut f32),
 }
 
+/// A transform that reads images, for each format of theirs.
+pub(crate) struct Readers {
+    /// Of f32 elements.
+    pub values: unsafe fn(&Input<'_, f32>),
+    /// Of bfloat16 elements.
+    pub halves: unsafe fn(&Input<'_, u16>),
+}
+
+/// An element of images: f32, or bfloat16 as its bits.
+pub(crate) trait Element: Copy + Sync {
+    /// The transform that reads such elements.
+    fn reader(readers: &Readers) -> unsafe fn(&Input<'_, Self>);
+    /// A weight that meets such elements: as exact as they are.
+    fn weight(value: f32) -> f32;
+    /// As many as there are lanes.
+    ///
+    /// # Safety
+    /// As [`Vector`].
+    #[allow(unsafe_code)]
+    unsafe fn load<V: Vector>(from: *const Self) -> V;
+}
+
+impl Element for f32 {
+    fn reader(readers: &Readers) -> unsafe fn(&Input<'_, Self>) {
+        readers.values
+    }
+
+    fn weight(value: f32) -> f32 {
+        value
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn load<V: Vector>(from: *const Self) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load(from) }
+    }
+}
+
+impl Element for u16 {
+    fn reader(readers: &Readers) -> unsafe fn(&Input<'_, Self>) {
+        readers.halves
+    }
+
+    fn weight(value: f32) -> f32 {
+        widen(round(value))
+    }
+
+    #[inline(always)]
+    #[allow(unsafe_code)]
+    unsafe fn load<V: Vector>(from: *const Self) -> V {
+        // SAFETY: the caller's promise.
+        unsafe { V::load_halves(from, V::LANES) }
+    }
+}
+
 /// A tile to read.
-pub(crate) struct Input<'a> {
+pub(crate) struct Input<'a, T> {
     /// The images.
-    pub from: *const f32,
+    pub from: *const T,
     /// Where each pixel of the tile begins in `from`, row by row; `None` outside the image.
     pub pixels: &'a [Option<usize>],
     /// Channels of a pixel.
@@ -59,16 +118,10 @@ pub(crate) struct Output<'a> {
     pub step: usize,
     /// Channels of a pixel.
     pub channels: usize,
-    /// Where each of the 4×4 pixels begins in `to`, `mask` and `residual`; `None` outside.
+    /// Where each of the 4×4 pixels begins in all that is as large as the result; `None` outside.
     pub pixels: &'a [Option<usize>; OUT * OUT],
-    /// The images.
-    pub to: *mut f32,
-    /// One value per channel, or null.
-    pub bias: *const f32,
-    /// As `to`: where it is not above zero the result becomes zero. Or null.
-    pub mask: *const f32,
-    /// As `to`: added last. Or null.
-    pub residual: *const f32,
+    /// What is done to the sums, and where they go.
+    pub ending: Ending,
 }
 
 /// The one-dimensional transforms for a number of taps.
@@ -274,7 +327,7 @@ impl Filter for TwoTaps {
 /// As [`Transforms`].
 #[inline(always)]
 #[allow(unsafe_code)]
-pub(crate) unsafe fn input<V: Vector, F: Filter>(job: &Input<'_>) {
+pub(crate) unsafe fn input<V: Vector, F: Filter, T: Element>(job: &Input<'_, T>) {
     // SAFETY: the caller's promise.
     unsafe {
         for channel in (0..job.channels).step_by(V::LANES) {
@@ -305,7 +358,7 @@ pub(crate) unsafe fn input<V: Vector, F: Filter>(job: &Input<'_>) {
 /// As [`Transforms`].
 #[inline(always)]
 #[allow(unsafe_code)]
-pub(crate) unsafe fn gradient<V: Vector, F: Filter>(job: &Input<'_>) {
+pub(crate) unsafe fn gradient<V: Vector, F: Filter, T: Element>(job: &Input<'_, T>) {
     // SAFETY: the caller's promise.
     unsafe {
         for channel in (0..job.channels).step_by(V::LANES) {
@@ -334,12 +387,12 @@ pub(crate) unsafe fn gradient<V: Vector, F: Filter>(job: &Input<'_>) {
 /// As [`Transforms`].
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn fetch<V: Vector>(job: &Input<'_>, pixel: usize, channel: usize) -> V {
+unsafe fn fetch<V: Vector, T: Element>(job: &Input<'_, T>, pixel: usize, channel: usize) -> V {
     // SAFETY: the caller's promise.
     unsafe {
         match job.pixels.get_unchecked(pixel) {
             Some(at) => {
-                let value = V::load(job.from.add(at + channel));
+                let value: V = T::load(job.from.add(at + channel));
                 if job.relu { value.where_positive(value) } else { value }
             }
             None => V::splat(0.),
@@ -367,20 +420,10 @@ pub(crate) unsafe fn output<V: Vector, F: Filter>(job: &Output<'_>) {
                     half[y][x] = value;
                 }
             }
-            let bias =
-                if job.bias.is_null() { V::splat(0.) } else { V::load(job.bias.add(channel)) };
             for (row, places) in half.into_iter().zip(job.pixels.chunks_exact(OUT)) {
                 for (value, place) in F::output(row).into_iter().zip(places) {
                     let Some(at) = place else { continue };
-                    let at = at + channel;
-                    let mut value = value.add(bias);
-                    if !job.mask.is_null() {
-                        value = value.where_positive(V::load(job.mask.add(at)));
-                    }
-                    if !job.residual.is_null() {
-                        value = value.add(V::load(job.residual.add(at)));
-                    }
-                    value.store(job.to.add(at));
+                    job.ending.store(value, channel, at + channel, V::LANES);
                 }
             }
         }

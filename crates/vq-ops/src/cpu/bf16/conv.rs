@@ -1,16 +1,15 @@
 //! A patch convolution in bfloat16.
 
 use std::ops::Range;
-use std::ptr::{null, null_mut};
 
 use rayon::prelude::*;
 
 use super::kernels::{Kernels, PANEL, Product, STEP, Store, kernels, round};
 use super::{LINE, halves, with_words, words};
-use crate::cpu::SharedMut;
 use crate::cpu::buffers::Buffers;
 use crate::cpu::conv::{Finish, Target};
-use crate::cpu::elements::{Elements, Output};
+use crate::cpu::elements::Elements;
+use crate::cpu::ending::{Ending, Sink};
 use crate::cpu::pack::{Axes, Gather, Patches, Place, Tap};
 
 /// Patches that are gathered and multiplied at a time, at most: a tile of the widest kernels.
@@ -50,29 +49,6 @@ pub(crate) fn multiply(
 /// As many whole tiles of that height as a block can hold.
 fn block(tile: usize) -> usize {
     BLOCK / tile * tile
-}
-
-/// An [`Output`] that several tasks write, each its own elements.
-#[derive(Clone, Copy)]
-pub(crate) struct Sink {
-    values: Option<SharedMut<f32>>,
-    halves: Option<SharedMut<u16>>,
-    /// Whether a ReLU comes before the rounding.
-    relu: bool,
-}
-
-impl Sink {
-    /// The output must outlive all tasks.
-    pub(crate) fn new(out: Output<'_>) -> Self {
-        match out {
-            Output::F32(to) => Self { values: Some(SharedMut::new(to)), halves: None, relu: false },
-            Output::Bf16 { to, relu, also } => Self {
-                values: also.map(SharedMut::new),
-                halves: Some(SharedMut::new(to.halves_mut())),
-                relu,
-            },
-        }
-    }
 }
 
 /// Patches times a weight that was cut into panels.
@@ -148,12 +124,6 @@ impl PatchProduct<'_> {
                     }
                 }
             }
-            let (mask, mask_halves) = match self.finish.mask {
-                None => (null(), null()),
-                Some(Elements::F32(mask)) => (mask.as_ptr(), null()),
-                Some(Elements::Bf16(mask)) => (null(), mask.as_ptr()),
-            };
-            let from = |values: Option<&[f32]>| values.map_or(null(), <[f32]>::as_ptr);
             // SAFETY: as above; the block's rows of the sink are written by this task alone, and what is
             // as large as the result covers the same elements; gives back what `enter` took.
             #[allow(unsafe_code)]
@@ -161,16 +131,10 @@ impl PatchProduct<'_> {
                 (kernels.store)(&Store {
                     from: sums,
                     panel_step: height * PANEL,
-                    values: sink.values.map_or(null_mut(), SharedMut::get),
-                    halves: sink.halves.map_or(null_mut(), SharedMut::get),
-                    relu: sink.relu,
                     rows: offsets.as_ptr(),
                     count: rows.len(),
                     columns,
-                    bias: from(self.finish.bias),
-                    mask,
-                    mask_halves,
-                    residual: from(self.finish.residual),
+                    ending: Ending::new(self.finish, sink),
                 });
                 (kernels.leave)();
             }

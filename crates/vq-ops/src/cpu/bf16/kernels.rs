@@ -3,6 +3,7 @@
 use std::sync::OnceLock;
 
 use crate::cpu::choice::wanted;
+use crate::cpu::ending::Ending;
 use crate::cpu::pack::{self, Gather, GatherFn};
 use crate::cpu::vector::{Portable, Vector};
 
@@ -36,32 +37,20 @@ pub(crate) struct Product {
     pub accumulate: bool,
 }
 
-/// Where a product's rows go, and what is done to them on the way: bias, then mask, then residual.
+/// Where a product's rows go, and what is done to them on the way.
 pub(crate) struct Store {
     /// `[panels][rows][PANEL]`.
     pub from: *const f32,
     /// Elements between panels.
     pub panel_step: usize,
-    /// Result. May be null.
-    pub values: *mut f32,
-    /// Result, rounded to bfloat16. May be null.
-    pub halves: *mut u16,
-    /// Whether a ReLU comes before the rounding.
-    pub relu: bool,
     /// Where each row begins in all that is as large as the result.
     pub rows: *const usize,
     /// Number of rows.
     pub count: usize,
     /// How many columns are stored.
     pub columns: usize,
-    /// Added to every row, where not null.
-    pub bias: *const f32,
-    /// Where it is not above zero the sum becomes zero. May be null.
-    pub mask: *const f32,
-    /// The same in bfloat16. May be null.
-    pub mask_halves: *const u16,
-    /// Added last. May be null.
-    pub residual: *const f32,
+    /// What is done to the sums, and where they go.
+    pub ending: Ending,
 }
 
 /// The loops for one instruction set.
@@ -90,6 +79,8 @@ pub(crate) struct Kernels {
     pub gather: GatherFn<u16>,
     /// See [`Transpose`].
     pub transpose: Transpose,
+    /// From so many taps along an axis on, minimal filtering in f32 is faster than these products.
+    pub filters_from: usize,
     /// Whether the CPU has instructions for it.
     pub native: bool,
     /// Name of the instruction set, as in `VQ_CPU`.
@@ -294,36 +285,9 @@ unsafe fn store<V: Vector>(job: &Store) {
         for i in 0..job.count {
             for first in (0..job.columns).step_by(V::LANES) {
                 let count = (job.columns - first).min(V::LANES);
-                let whole = count == V::LANES;
-                let fetch = |from: *const f32| {
-                    if whole { V::load(from) } else { V::load_partial(from, count) }
-                };
                 let at = *job.rows.add(i) + first;
                 let from = first / PANEL * job.panel_step + i * PANEL + first % PANEL;
-                let mut value = V::load(job.from.add(from));
-                if !job.bias.is_null() {
-                    value = value.add(fetch(job.bias.add(first)));
-                }
-                if !job.mask.is_null() {
-                    value = value.where_positive(fetch(job.mask.add(at)));
-                }
-                if !job.mask_halves.is_null() {
-                    value = value.where_positive(V::load_halves(job.mask_halves.add(at), count));
-                }
-                if !job.residual.is_null() {
-                    value = value.add(fetch(job.residual.add(at)));
-                }
-                if !job.values.is_null() {
-                    if whole {
-                        value.store(job.values.add(at));
-                    } else {
-                        value.store_partial(job.values.add(at), count);
-                    }
-                }
-                if !job.halves.is_null() {
-                    let value = if job.relu { value.where_positive(value) } else { value };
-                    value.store_halves(job.halves.add(at), count);
-                }
+                job.ending.store(V::load(job.from.add(from)), first, at, count);
             }
         }
     }
@@ -401,6 +365,7 @@ macro_rules! emulated_kernels {
             add_halves: $module::add_halves,
             gather: $module::gather,
             transpose,
+            filters_from: 2,
             native: false,
             name: $name,
         };
@@ -414,6 +379,7 @@ static AMX: Kernels = Kernels {
     enter: super::amx::enter,
     leave: super::amx::leave,
     product: super::amx::product,
+    filters_from: usize::MAX,
     native: true,
     name: "amx",
     ..AVX512_BF16
@@ -425,6 +391,7 @@ static AVX512_BF16: Kernels = Kernels {
     product: dot::product,
     transpose: dot::transpose,
     narrow: [dot::narrow::<false>, dot::narrow::<true>],
+    filters_from: 3,
     native: true,
     name: "avx512bf16",
     ..AVX512
