@@ -139,35 +139,46 @@ pub(crate) unsafe fn gather<T>(
         }
         let mut to = to.as_mut_ptr().wrapping_add(start + first - depth.start);
         let mut place = Place::at(rows.start, patches.grid);
-        for _ in rows.clone() {
+        let mut left = rows.len();
+        while left > 0 {
+            // The patches of one row of the grid, or the wanted part of it.
+            let count = left.min(patches.grid.1 - place.x);
             let y = (place.y * patches.step) as isize + run.dy;
-            let x0 = (place.x * patches.step) as isize + run.dx;
-            // The part of the run that lies inside the image.
-            let left = (-x0).clamp(0, run.count as isize) as usize * channels;
-            let right = (width as isize - x0).clamp(0, run.count as isize) as usize * channels;
-            let (from, until) = (first.max(left), end.min(right));
-            if y < 0 || y >= height as isize || from >= until {
-                clear(to, end - first);
-            } else {
-                let row = (place.image * height + y as usize) * width;
-                let at = (row as isize + x0) * channels as isize + from as isize;
-                // Nearly always nothing.
-                if from > first {
-                    clear(to, from - first);
+            let row = (0..height as isize).contains(&y).then(|| {
+                let pixels = (place.image * height + y as usize) * width;
+                x.as_ptr().wrapping_add(pixels * channels)
+            });
+            for column in place.x..place.x + count {
+                let x0 = (column * patches.step) as isize + run.dx;
+                // The part of the run that lies inside the image: nearly always all of it.
+                let (from, until) = if x0 >= 0 && x0 + run.count as isize <= width as isize {
+                    (first, end)
+                } else {
+                    let outside = (-x0).clamp(0, run.count as isize) as usize * channels;
+                    let inside = (width as isize - x0).clamp(0, run.count as isize) as usize;
+                    (first.max(outside), end.min(inside * channels))
+                };
+                match row {
+                    Some(row) if from < until => {
+                        if from > first {
+                            clear(to, from - first);
+                        }
+                        // SAFETY of what the pointers are used for: pixels x0 + from/channels to
+                        // x0 + until/channels lie in a row of the image, and the asserted lengths cover
+                        // every row of `to`.
+                        let at = x0 * channels as isize + from as isize;
+                        let to = to.wrapping_add(from - first);
+                        copy(row.wrapping_offset(at), to, until - from);
+                        if until < end {
+                            clear(to.wrapping_add(until - from), end - until);
+                        }
+                    }
+                    _ => clear(to, end - first),
                 }
-                // SAFETY of what the pointers are used for: pixels x0 + from/channels to x0 + until/channels
-                // lie in a row of the image, and the asserted lengths cover every row of `to`.
-                copy(
-                    x.as_ptr().wrapping_add(at as usize),
-                    to.wrapping_add(from - first),
-                    until - from,
-                );
-                if until < end {
-                    clear(to.wrapping_add(until - first), end - until);
-                }
+                to = to.wrapping_add(stride);
             }
-            to = to.wrapping_add(stride);
-            place.next(patches.grid);
+            left -= count;
+            place.next_row(patches.grid);
         }
     }
 }
@@ -189,12 +200,17 @@ impl Place {
     pub(crate) fn next(&mut self, grid: (usize, usize)) {
         self.x += 1;
         if self.x == grid.1 {
-            self.x = 0;
-            self.y += 1;
-            if self.y == grid.0 {
-                self.y = 0;
-                self.image += 1;
-            }
+            self.next_row(grid);
+        }
+    }
+
+    /// The first column of the next row.
+    fn next_row(&mut self, grid: (usize, usize)) {
+        self.x = 0;
+        self.y += 1;
+        if self.y == grid.0 {
+            self.y = 0;
+            self.image += 1;
         }
     }
 }

@@ -132,22 +132,25 @@ fn sum_columns<T: Sync>(
     sums: &mut [f32],
 ) {
     const ROWS: usize = 1024;
+    /// Few columns: several rows are added as if they were one, up to about that wide.
+    const WIDTH: usize = 64;
+    let width = (WIDTH / columns.max(1)).clamp(1, ROWS) * columns;
     let partial: Vec<Vec<f32>> = values
-        .par_chunks(ROWS * columns)
+        .par_chunks((ROWS * columns).max(1))
         .map(|rows| {
-            let mut sums = vec![0.; columns];
-            for row in rows.chunks_exact(columns) {
-                // SAFETY: both have `columns` elements.
+            let mut sums = vec![0.; width];
+            for row in rows.chunks(width) {
+                // SAFETY: the row has that many elements, and there are at least as many sums.
                 #[allow(unsafe_code)]
                 unsafe {
-                    add(row.as_ptr(), sums.as_mut_ptr(), columns);
+                    add(row.as_ptr(), sums.as_mut_ptr(), row.len());
                 }
             }
             sums
         })
         .collect();
     sums.fill(0.);
-    for part in partial {
+    for part in partial.iter().flat_map(|part| part.chunks(columns)) {
         for (sum, value) in sums.iter_mut().zip(part) {
             *sum += value;
         }

@@ -203,6 +203,32 @@ unsafe fn add<V: Vector>(to: *mut f32, count: usize, from: impl Fn(usize, usize)
     }
 }
 
+/// Without a call: runs of few channels are short, and there are many of them.
+///
+/// # Safety
+/// `from` and `to` cover `count` elements and do not overlap.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn copy_few(from: *const u16, to: *mut u16, count: usize) {
+    /// Elements in 128 bits.
+    const STEP: usize = 8;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let copy = |i: usize| {
+            to.add(i).cast::<u128>().write_unaligned(from.add(i).cast::<u128>().read_unaligned());
+        };
+        if count < STEP {
+            for i in 0..count {
+                *to.add(i) = *from.add(i);
+            }
+        } else {
+            (0..count - STEP).step_by(STEP).for_each(copy);
+            // Overlaps the one before.
+            copy(count - STEP);
+        }
+    }
+}
+
 /// # Safety
 /// The CPU has `V`'s instruction set.
 #[inline(always)]
@@ -216,7 +242,7 @@ unsafe fn gather<V: Vector>(job: Gather<'_, u16>) {
             for i in (0..whole).step_by(step) {
                 V::load(from.add(i).cast()).store(to.add(i).cast());
             }
-            to.add(whole).copy_from_nonoverlapping(from.add(whole), count - whole);
+            copy_few(from.add(whole), to.add(whole), count - whole);
         };
         let clear = |to: *mut u16, count: usize| {
             let step = 2 * V::LANES;
