@@ -353,14 +353,24 @@ fn machine() -> String {
 /// Builds this package with the feature `bench` and returns the program.
 fn build_worker() -> Result<PathBuf, Error> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let target = std::env::var_os("CARGO_TARGET_DIR")
-        .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../target"), PathBuf::from);
     let mut command = Command::new(cargo);
     command
         .args(["build", "--release", "--package", "xtask", "--features", "bench"])
-        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
-    succeed("cargo build", &mut command)?;
-    Ok(target.join("release").join("xtask"))
+        .arg("--message-format=json-render-diagnostics")
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .stderr(Stdio::inherit());
+    let problem = |problem: String| Error::Command { command: "cargo build".to_owned(), problem };
+    let output = command.output().map_err(|error| problem(error.to_string()))?;
+    if !output.status.success() {
+        return Err(problem(format!("failed ({}); its message is above", output.status)));
+    }
+    // Where it went depends on the environment and on cargo's configuration.
+    String::from_utf8_lossy(&output.stdout)
+        .lines()
+        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
+        .filter_map(|message| message.get("executable")?.as_str().map(PathBuf::from))
+        .next_back()
+        .ok_or_else(|| problem("named no program that it built".to_owned()))
 }
 
 fn succeed(name: &str, command: &mut Command) -> Result<(), Error> {
