@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
-use vq_data::{Dataset, OnBroken, Source, Splits};
+use vq_data::{Dataset, Indexing, OnBroken, Source, Splits};
 use vq_model::VqVae;
 use vq_train::{DataConfig, RECIPE_FILE, Recipe};
 
@@ -112,9 +112,9 @@ impl Split {
 /// Opens the data, with a progress bar while a folder is indexed, and says what there is to say of them.
 pub(crate) fn open(data: &DataConfig, image_size: [usize; 2], format: LogFormat) -> Result<Splits> {
     let progress = Progress::start(format, "indexing");
-    let splits = data.open_watched(image_size, &|indexing| {
-        progress.tell(indexing.done, Some(indexing.total));
-    })?;
+    let tell = |indexing: Indexing| progress.tell(indexing.done, Some(indexing.total));
+    // CIFAR-10 is read as f32, which takes six times the memory of the bytes that are kept.
+    let splits = vq_ops::process::give_memory_back(|| data.open_watched(image_size, &tell))?;
     drop(progress);
     for note in &splits.notes {
         output::note(format, note)?;

@@ -7,12 +7,31 @@ pub use mimalloc::MiMalloc as Allocator;
 /// megabytes every time; giving them back to the operating system in between makes it clear every page
 /// anew. The process's peak memory stays as it is.
 pub fn keep_memory() {
-    /// `mi_option_purge_delay`, in milliseconds; the binding leaves it out.
+    purge_after(-1);
+}
+
+/// Does `work` with what it frees given back to the operating system, and has [`Allocator`] keep memory again
+/// from then on: for what takes far more for a moment than the program needs later.
+pub fn give_memory_back<R>(work: impl FnOnce() -> R) -> R {
+    purge_after(0);
+    let result = work();
+    // SAFETY: may be called at any time.
+    #[allow(unsafe_code)]
+    unsafe {
+        libmimalloc_sys::mi_collect(true);
+    }
+    keep_memory();
+    result
+}
+
+/// Milliseconds after which [`Allocator`] gives back what is freed; never, if negative.
+fn purge_after(milliseconds: i64) {
+    /// `mi_option_purge_delay`; the binding leaves it out.
     const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
     // SAFETY: takes two numbers; an option that does not exist is ignored.
     #[allow(unsafe_code)]
     unsafe {
-        libmimalloc_sys::mi_option_set(PURGE_DELAY, -1);
+        libmimalloc_sys::mi_option_set(PURGE_DELAY, milliseconds as _);
     }
 }
 
