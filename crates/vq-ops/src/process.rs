@@ -25,13 +25,13 @@ pub fn give_memory_back<R>(work: impl FnOnce() -> R) -> R {
 }
 
 /// Milliseconds after which [`Allocator`] gives back what is freed; never, if negative.
-fn purge_after(milliseconds: i64) {
+fn purge_after(milliseconds: std::ffi::c_long) {
     /// `mi_option_purge_delay`; the binding leaves it out.
     const PURGE_DELAY: libmimalloc_sys::mi_option_t = 15;
     // SAFETY: takes two numbers; an option that does not exist is ignored.
     #[allow(unsafe_code)]
     unsafe {
-        libmimalloc_sys::mi_option_set(PURGE_DELAY, milliseconds as _);
+        libmimalloc_sys::mi_option_set(PURGE_DELAY, milliseconds);
     }
 }
 

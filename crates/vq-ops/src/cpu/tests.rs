@@ -137,13 +137,16 @@ fn check_geometry(g: &Geometry, relu_on: bool, finish_on: bool) {
     // Rounding is in proportion to the sum of the products' sizes, not to the sum itself. Minimal
     // filtering trades accuracy for its fewer multiplications: its transforms multiply by up to 8 and
     // subtract again, in two dimensions. A wrong or missing product is off by thousands of times that.
-    let minimal = g.small.channels.is_multiple_of(8) && g.large.channels.is_multiple_of(8);
-    let allowed = |sizes: &[f64]| {
+    let fits = g.small.channels.is_multiple_of(8) && g.large.channels.is_multiple_of(8);
+    let taps = g.kernel.0.div_ceil(g.stride);
+    let allowed = |sizes: &[f64], minimal: bool| {
         let largest = sizes.iter().fold(1., |a: f64, b| a.max(*b));
         largest * f64::from(f32::EPSILON) * if minimal { 64. } else { 8. }
     };
-    let allowed = sizes.map(|sizes| allowed(&sizes));
     on_every_cpu_with(g.precision, |cpu| {
+        let is_f32 = g.precision == Precision::F32;
+        let minimal = fits && (is_f32 || taps >= bf16::kernels::kernels().filters_from);
+        let allowed = sizes.each_ref().map(|sizes| allowed(sizes, minimal));
         let finish = |bias, mask, residual| {
             if finish_on {
                 Finish {

@@ -134,7 +134,7 @@ fn sum_columns<T: Sync>(
     const ROWS: usize = 1024;
     /// Few columns: several rows are added as if they were one, up to about that wide.
     const WIDTH: usize = 64;
-    let width = (WIDTH / columns.max(1)).clamp(1, ROWS) * columns;
+    let width = (WIDTH / columns.max(1)).max(1) * columns;
     let partial: Vec<Vec<f32>> = values
         .par_chunks((ROWS * columns).max(1))
         .map(|rows| {
