@@ -2,11 +2,11 @@
 
 use candle_core::{Device, Result, Tensor, bail};
 
-use crate::cpu::blocks::Gradients;
+use crate::cpu::blocks::{Gradients, Pass};
 use crate::cpu::buffers::Buffers;
-use crate::cpu::gated::{Block, Layer, Pass, Plan};
+use crate::cpu::gated::{Block, Layer, Plan};
 use crate::dispatch::on_cpu;
-use crate::network::{Dropout, Network, Operands, Parts, Slices, Taken, run};
+use crate::network::{Dropout, Network, Operands, Parts, Taken, run};
 
 /// The gated layers of a PixelCNN (van den Oord et al. 2016b, section 2 and figure 2), run as one operation: a
 /// vertical stack v that sees the rows above and a horizontal stack h that sees the row so far.
@@ -140,25 +140,16 @@ impl Network for Plan {
     const NAME: &'static str = "vq-gated-layers";
     type Block = Block;
 
-    fn forward(
-        &self,
-        operands: Slices<'_>,
-        buffers: &Buffers,
-        keep: bool,
-    ) -> (Vec<f32>, Vec<Block>) {
-        let Slices { x, vectors, theta } = operands;
-        Pass { plan: self, theta, vectors, buffers }.forward(x, keep)
+    fn forward(pass: &Pass<'_, Self>, x: &[f32], keep: bool) -> (Vec<f32>, Vec<Block>) {
+        pass.forward(x, keep)
     }
 
     fn backward(
-        &self,
-        operands: Slices<'_>,
-        buffers: &Buffers,
+        pass: &Pass<'_, Self>,
         blocks: &[Block],
         grad: &[f32],
         of_theta: bool,
     ) -> Gradients {
-        let Slices { vectors, theta, .. } = operands;
-        Pass { plan: self, theta, vectors, buffers }.backward(blocks, grad, of_theta)
+        pass.backward(blocks, grad, of_theta)
     }
 }

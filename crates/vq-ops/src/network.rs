@@ -4,7 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp3, D, DType, Layout, Result, Shape, Tensor, bail};
 
-use crate::cpu::blocks::{Gradients, Part};
+use crate::cpu::blocks::{Gradients, Part, Pass};
 use crate::cpu::buffers::Buffers;
 use crate::dropout::Mask;
 use crate::fused::on_a_worker;
@@ -157,34 +157,19 @@ impl Taken {
     }
 }
 
-/// x, vectors and parameters of a pass.
-#[derive(Clone, Copy)]
-pub(crate) struct Slices<'a> {
-    pub x: &'a [f32],
-    pub vectors: &'a [f32],
-    pub theta: &'a [f32],
-}
-
-/// A network's passes over its operands.
-pub(crate) trait Network: Send + Sync {
+/// What the passes of a network's operation do.
+pub(crate) trait Network: Send + Sync + Sized {
     /// Of the operation.
     const NAME: &'static str;
     /// What some images leave behind for their gradients.
     type Block: Send;
 
     /// The result, and what the backward pass needs if it is to follow.
-    fn forward(
-        &self,
-        operands: Slices<'_>,
-        buffers: &Buffers,
-        keep: bool,
-    ) -> (Vec<f32>, Vec<Self::Block>);
+    fn forward(pass: &Pass<'_, Self>, x: &[f32], keep: bool) -> (Vec<f32>, Vec<Self::Block>);
 
     /// The gradients, given that of the result; those of the parameters where `of_theta`.
     fn backward(
-        &self,
-        operands: Slices<'_>,
-        buffers: &Buffers,
+        pass: &Pass<'_, Self>,
         blocks: &[Self::Block],
         grad: &[f32],
         of_theta: bool,
@@ -215,6 +200,12 @@ struct NetworkOp<N: Network> {
     delivery: Option<Delivery>,
 }
 
+impl<N: Network> NetworkOp<N> {
+    fn pass<'a>(&'a self, vectors: &'a [f32], theta: &'a [f32]) -> Pass<'a, N> {
+        Pass { plan: &self.network, theta, vectors, buffers: &self.buffers }
+    }
+}
+
 impl<N: Network> CustomOp3 for NetworkOp<N> {
     fn name(&self) -> &'static str {
         N::NAME
@@ -229,12 +220,11 @@ impl<N: Network> CustomOp3 for NetworkOp<N> {
         theta: &CpuStorage,
         theta_layout: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let operands = Slices {
-            x: f32_elements(x, x_layout)?,
-            vectors: f32_elements(vectors, vectors_layout)?,
-            theta: f32_elements(theta, theta_layout)?,
-        };
-        let (out, saved) = on_a_worker(|| self.network.forward(operands, &self.buffers, self.keep));
+        let x = f32_elements(x, x_layout)?;
+        let vectors = f32_elements(vectors, vectors_layout)?;
+        let theta = f32_elements(theta, theta_layout)?;
+        let pass = self.pass(vectors, theta);
+        let (out, saved) = on_a_worker(|| N::forward(&pass, x, self.keep));
         if self.keep {
             *self.saved.lock().unwrap_or_else(PoisonError::into_inner) = Some(saved);
         }
@@ -252,17 +242,16 @@ impl<N: Network> CustomOp3 for NetworkOp<N> {
         let grad = grad.contiguous()?;
         let of_theta = theta.track_op() || self.delivery.is_some();
         let saved = self.saved.lock().unwrap_or_else(PoisonError::into_inner).take();
-        let work = |operands: Slices<'_>, grad: &[f32]| {
-            let (network, buffers) = (&self.network, &self.buffers);
+        let work = |x: &[f32], vectors: &[f32], theta: &[f32], grad: &[f32]| {
+            let pass = self.pass(vectors, theta);
             // A second backward pass through the same graph computes it anew.
-            let saved = saved.unwrap_or_else(|| network.forward(operands, buffers, true).1);
-            network.backward(operands, buffers, &saved, grad, of_theta)
+            let saved = saved.unwrap_or_else(|| N::forward(&pass, x, true).1);
+            N::backward(&pass, &saved, grad, of_theta)
         };
         let gradients = f32_slice(x, |x| {
             f32_slice(vectors, |vectors| {
                 f32_slice(theta, |theta| {
-                    let operands = Slices { x, vectors, theta };
-                    f32_slice(&grad, |grad| on_a_worker(|| work(operands, grad)))
+                    f32_slice(&grad, |grad| on_a_worker(|| work(x, vectors, theta, grad)))
                 })
             })
         })????;

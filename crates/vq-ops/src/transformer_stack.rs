@@ -2,11 +2,11 @@
 
 use candle_core::{Device, Result, Tensor, bail};
 
-use crate::cpu::blocks::Gradients;
+use crate::cpu::blocks::{Gradients, Pass};
 use crate::cpu::buffers::Buffers;
-use crate::cpu::transformer::{Block, Layer, Pass, Plan};
+use crate::cpu::transformer::{Block, Layer, Plan};
 use crate::dispatch::on_cpu;
-use crate::network::{Dropout, Network, Operands, Parts, Slices, Taken, run};
+use crate::network::{Dropout, Network, Operands, Parts, Taken, run};
 
 /// The layers of a decoder-only Transformer, run as one operation. With (g, s) the gain and shift of a norm for
 /// the image and m the map, each layer is
@@ -127,25 +127,16 @@ impl Network for Plan {
     const NAME: &'static str = "vq-transformer-layers";
     type Block = Block;
 
-    fn forward(
-        &self,
-        operands: Slices<'_>,
-        buffers: &Buffers,
-        keep: bool,
-    ) -> (Vec<f32>, Vec<Block>) {
-        let Slices { x, vectors, theta } = operands;
-        Pass { plan: self, theta, vectors, buffers }.forward(x, keep)
+    fn forward(pass: &Pass<'_, Self>, x: &[f32], keep: bool) -> (Vec<f32>, Vec<Block>) {
+        pass.forward(x, keep)
     }
 
     fn backward(
-        &self,
-        operands: Slices<'_>,
-        buffers: &Buffers,
+        pass: &Pass<'_, Self>,
         blocks: &[Block],
         grad: &[f32],
         of_theta: bool,
     ) -> Gradients {
-        let Slices { vectors, theta, .. } = operands;
-        Pass { plan: self, theta, vectors, buffers }.backward(blocks, grad, of_theta)
+        pass.backward(blocks, grad, of_theta)
     }
 }

@@ -136,6 +136,16 @@ pub(super) fn pack(matrices: &[Matrix<'_>], buffers: &Buffers) -> Buffer {
     to
 }
 
+/// A pass over a network.
+pub(crate) struct Pass<'a, P> {
+    pub plan: &'a P,
+    /// All parameters, side by side.
+    pub theta: &'a [f32],
+    /// Those that the layers are given for each image, or for all.
+    pub vectors: &'a [f32],
+    pub buffers: &'a Buffers,
+}
+
 /// `out` = the sources side by side × the panels; see [`Product::run`].
 pub(super) fn multiply(sources: &[Rows<'_>], panels: &[f32], finish: Finish<'_>, out: &mut [f32]) {
     product(sources, panels, finish, false, out);

@@ -7,10 +7,10 @@
 use rayon::prelude::*;
 
 use super::blocks::{
-    Gradients, Part, Place, Vectors, block_images, multiply, own_pixel, pack, parameter_gradients,
-    product, sum_of_biases,
+    Gradients, Part, Pass, Place, Vectors, block_images, multiply, own_pixel, pack,
+    parameter_gradients, product, sum_of_biases,
 };
-use super::buffers::{Buffer, Buffers};
+use super::buffers::Buffer;
 use super::conv::{Finish, Rows};
 use super::pack::{DepthAxis, Images, Matrix, Patches, Tap};
 use super::weight_gradient::Piece;
@@ -150,16 +150,8 @@ struct BlockGradients {
     output: Option<Buffer>,
 }
 
-/// A pass over the network.
-pub(crate) struct Pass<'a> {
-    pub plan: &'a Plan,
-    pub theta: &'a [f32],
-    /// `[B or 1, L, 4C]`: what is added before the vertical gate, then before the horizontal one.
-    pub vectors: &'a [f32],
-    pub buffers: &'a Buffers,
-}
-
-impl Pass<'_> {
+/// The vectors are `[B or 1, L, 4C]`: what is added before the vertical gate, then before the horizontal one.
+impl Pass<'_, Plan> {
     /// `x` `[B,h,w,C+M]` → `[B,h,w,S]`, and what [`backward`](Self::backward) needs if it is to follow.
     pub(crate) fn forward(&self, x: &[f32], keep: bool) -> (Vec<f32>, Vec<Block>) {
         let Plan { skip_channels, channels, map_channels, .. } = *self.plan;

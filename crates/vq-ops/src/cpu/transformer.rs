@@ -6,8 +6,8 @@
 use rayon::prelude::*;
 
 use super::blocks::{
-    Gradients, Part, Place, Vectors, block_images, multiply, own_pixel, pack, parameter_gradients,
-    product,
+    Gradients, Part, Pass, Place, Vectors, block_images, multiply, own_pixel, pack,
+    parameter_gradients, product,
 };
 use super::buffers::{Buffer, Buffers};
 use super::conv::{Finish, Rows};
@@ -143,20 +143,12 @@ struct BlockGradients {
     x: Option<Buffer>,
 }
 
-/// A pass over the network.
-pub(crate) struct Pass<'a> {
-    pub plan: &'a Plan,
-    pub theta: &'a [f32],
-    /// `[B or 1, L, 4C]`: gain and shift of the attention's norm, then of the network's.
-    pub vectors: &'a [f32],
-    pub buffers: &'a Buffers,
-}
-
 /// The norms of a layer.
 const ATTENTION: usize = 0;
 const MLP: usize = 1;
 
-impl Pass<'_> {
+/// The vectors are `[B or 1, L, 4C]`: gain and shift of the attention's norm, then of the network's.
+impl Pass<'_, Plan> {
     /// `x` `[B,T,C+M]` → `[B,T,C]`, and what [`backward`](Self::backward) needs if it is to follow.
     pub(crate) fn forward(&self, x: &[f32], keep: bool) -> (Vec<f32>, Vec<Block>) {
         let Plan { channels, map_channels, positions, .. } = *self.plan;
@@ -637,7 +629,7 @@ struct Scratch {
 }
 
 impl<'a> Head<'a> {
-    fn new(pass: &Pass<'a>) -> (Self, Scratch) {
+    fn new(pass: &Pass<'a, Plan>) -> (Self, Scratch) {
         let Plan { positions, channels, heads, .. } = *pass.plan;
         let size = channels / heads;
         let own = |channels| own_pixel(1, (1, positions), channels);
