@@ -13,6 +13,8 @@ mod pytorch;
 #[cfg(feature = "bench")]
 mod report;
 #[cfg(feature = "bench")]
+mod runs;
+#[cfg(feature = "bench")]
 mod speed;
 #[cfg(feature = "bench")]
 mod training;
@@ -27,7 +29,7 @@ pub struct Options {
     /// cuda, cuda:N, metal or cpu; the CPU checks the program, not the device
     #[arg(long, default_value = "cuda", value_name = "DEVICE")]
     device: String,
-    /// Leave out the checks, the speed, or PyTorch
+    /// Leave out the checks, the speed, PyTorch, or the whole runs
     #[arg(long, value_delimiter = ',', value_enum)]
     skip: Vec<Stage>,
     /// Models whose training is timed
@@ -45,7 +47,23 @@ pub struct Options {
     /// A Python with PyTorch, to compare with
     #[arg(long, default_value = "python3", value_name = "PROGRAM")]
     python: String,
-    /// Write the report as text and as JSON into this folder
+    /// CIFAR-10, as cifar10:DIR, for whole runs on real images: the default recipe in both formats, and a model
+    /// with a likelihood with its prior and its bits per dimension. Without it there are none
+    #[arg(long, value_name = "SOURCE")]
+    data: Option<String>,
+    /// The `vq` that does the whole runs [default: the one beside this program]
+    #[arg(long, value_name = "PROGRAM")]
+    vq: Option<PathBuf>,
+    /// Epochs of the default recipe
+    #[arg(long, default_value_t = 50)]
+    epochs: usize,
+    /// Epochs of the model with a likelihood
+    #[arg(long, default_value_t = 50)]
+    likelihood_epochs: usize,
+    /// Epochs of its prior
+    #[arg(long, default_value_t = 3)]
+    prior_epochs: usize,
+    /// Write the report as JSON, and the whole runs, into this folder
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }
@@ -56,6 +74,7 @@ enum Stage {
     Checks,
     Speed,
     Pytorch,
+    Runs,
 }
 
 /// Why the device is not known to be good.
@@ -114,6 +133,10 @@ pub fn run(options: &Options) -> Result<String, Error> {
             say(&report.ratios());
         }
     }
+    if options.data.is_some() && does(Stage::Runs) {
+        say("\n## Whole runs\n\nname                      seconds  what vq said at last");
+        runs::run(options, &mut report);
+    }
     say("");
     if let Some(folder) = &options.out {
         report.write(folder)?;
@@ -165,23 +188,27 @@ pub fn run(options: &Options) -> Result<String, Error> {
         _ => "bench",
     };
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned());
-    let mut command = Command::new(cargo);
-    command.args([
-        "run",
-        "--release",
-        "--quiet",
-        "--package",
-        "xtask",
-        "--features",
-        feature,
-        "--",
-    ]);
-    command.args(std::env::args_os().skip(1));
-    command.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
-    let problem = |problem: String| Error::Command { command: "cargo run".to_owned(), problem };
-    match command.status() {
-        Ok(status) if status.success() => Ok(String::new()),
-        Ok(status) => Err(problem(format!("{status}; its message is above"))),
-        Err(error) => Err(problem(error.to_string())),
+    let cargo = |arguments: &[&str]| {
+        let mut command = Command::new(&cargo);
+        command.args(arguments);
+        command.current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."));
+        command
+    };
+    let run = |command: &mut Command, name: &str| {
+        let problem = |problem: String| Error::Command { command: name.to_owned(), problem };
+        match command.status() {
+            Ok(status) if status.success() => Ok(()),
+            Ok(status) => Err(problem(format!("{status}; its message is above"))),
+            Err(error) => Err(problem(error.to_string())),
+        }
+    };
+    if options.data.is_some() && options.vq.is_none() {
+        let mut build = cargo(&["build", "--release", "--quiet", "--package", "vq-cli"]);
+        if let Some(feature) = feature.strip_prefix("bench,") {
+            build.args(["--features", feature]);
+        }
+        run(&mut build, "cargo build")?;
     }
+    let start = ["run", "--release", "--quiet", "--package", "xtask", "--features", feature, "--"];
+    run(cargo(&start).args(std::env::args_os().skip(1)), "cargo run").map(|()| String::new())
 }

@@ -2,8 +2,8 @@
 
 use std::collections::BTreeMap;
 
-use candle_core::{D, DType, Device, Tensor, Var};
-use vq_ops::{Precision, StepNumber, channels_first, channels_last, repeat_pixels};
+use candle_core::{DType, Device, Tensor, Var};
+use vq_ops::{FeatureMap, Precision, StepNumber, channels_first, channels_last};
 
 use crate::level::Level;
 use crate::likelihood::{judge, means};
@@ -110,11 +110,11 @@ impl VqVae {
     /// codes. H and W must be multiples of [`Config::downsampling`]. An image's codes do not depend on
     /// what else is in the batch.
     pub fn encode(&self, images: &Tensor) -> Result<Codes> {
-        let levels = self.descend(images, false, |quantizer, z_e| {
+        let (_, levels) = self.descend(images, false, |quantizer, z_e| {
             let codes = quantizer.encode(z_e)?;
             Ok((quantizer.decode(&codes)?, codes))
         })?;
-        Ok(Codes { levels: levels.into_iter().map(|(_, codes)| codes).collect() })
+        Ok(Codes { levels })
     }
 
     /// Codes to images `[B,C,H,W]` in the model's range, not clamped: with a likelihood the means of
@@ -150,10 +150,10 @@ impl VqVae {
         codes.validate(&self.config)?;
         self.one_per_level(shown.len(), "a choice")?;
         let levels = self.levels.iter().zip(&codes.levels).zip(shown);
-        let maps: Vec<Tensor> = levels
+        let maps: Vec<FeatureMap> = levels
             .map(|((level, codes), &is_shown)| {
                 let map = level.quantizer.decode(&codes.to_device(&self.device)?)?;
-                if is_shown { Ok(map) } else { Ok(map.zeros_like()?) }
+                Ok(if is_shown { map } else { map.zeros_like()? }.into())
             })
             .collect::<Result<_>>()?;
         self.decode_maps(&maps, false)
@@ -332,7 +332,7 @@ impl VqVae {
     }
 
     fn run(&self, images: &Tensor, tracked: bool, step: Option<TrainingStep>) -> Result<Output> {
-        let levels = self.descend(images, tracked, |quantizer, z_e| {
+        let (maps, levels) = self.descend(images, tracked, |quantizer, z_e| {
             let quantized = match step {
                 Some(step) => quantizer.quantize_training(z_e, step)?,
                 None => quantizer.quantize(z_e)?,
@@ -341,12 +341,10 @@ impl VqVae {
             let z_q = if tracked { quantized.z_q.clone() } else { quantized.z_q.detach() };
             Ok((z_q, (quantized, z_e.detach())))
         })?;
-        let mut maps = Vec::new();
         let (mut codes, mut z_es, mut commitment_losses) = (Vec::new(), Vec::new(), Vec::new());
         let mut losses: Option<(Tensor, Tensor)> = None;
         let mut entropy_loss: Option<Tensor> = None;
-        for (map, (quantized, z_e)) in levels {
-            maps.push(map);
+        for (quantized, z_e) in levels {
             codes.push(quantized.codes);
             z_es.push(z_e);
             commitment_losses.push(quantized.commitment_loss.detach());
@@ -386,64 +384,68 @@ impl VqVae {
     }
 
     /// Encodes up to the top, then quantizes from the top down (Razavi et al. 2019, algorithm 1):
-    /// images `[B,C,H,W]` to what `quantize` makes of every level's `z_e`, bottom first. Its first
-    /// result is the level's `z_q` `[B,h,w,D]`.
+    /// images `[B,C,H,W]` to what `quantize` makes of every level's `z_e`, bottom first: the levels' `z_q`
+    /// `[B,h,w,D]`, and what comes with them.
     fn descend<T>(
         &self,
         images: &Tensor,
         tracked: bool,
         quantize: impl Fn(&dyn Quantizer, &Tensor) -> Result<(Tensor, T)>,
-    ) -> Result<Vec<(Tensor, T)>> {
-        let mut features = Vec::new();
-        let mut x = channels_last(&self.check_images(images)?)?;
-        for level in &self.levels {
-            x = level.encoder.forward(&x, tracked)?;
-            features.push(x.clone());
+    ) -> Result<(Vec<FeatureMap>, Vec<T>)> {
+        let mut features: Vec<FeatureMap> = Vec::new();
+        let images = FeatureMap::from(channels_last(&self.check_images(images)?)?);
+        for (index, level) in self.levels.iter().enumerate() {
+            let input = [(features.last().unwrap_or(&images), 1)];
+            let is_top = index + 1 == self.levels.len();
+            features.push(if is_top {
+                level.encoder.forward(&input, tracked)?.into()
+            } else {
+                level.encoder.features(&input, tracked)?
+            });
         }
         // Top first until the end.
-        let mut results: Vec<(Tensor, T)> = Vec::new();
-        // The levels' maps from the current one up, at its resolution, side by side.
-        let mut maps: Option<Tensor> = None;
-        for (index, (level, features)) in self.levels.iter().zip(features).enumerate().rev() {
-            let above = self.levels.get(index + 1).zip(maps.as_ref());
-            let z_e = match (&level.projection, above) {
-                (Some(projection), Some((above, maps))) => {
-                    let decoded = above.decoder.forward(maps, tracked)?;
-                    let both = Tensor::cat(&[&features, &decoded], D::Minus1)?;
-                    projection.forward(&both, tracked)?
+        let mut results: Vec<T> = Vec::new();
+        // From this level up, those that are known.
+        let mut maps: Vec<FeatureMap> = Vec::new();
+        for (index, (level, features)) in self.levels.iter().zip(&features).enumerate().rev() {
+            let z_e = match (&level.projection, self.levels.get(index + 1)) {
+                (Some(projection), Some(above)) => {
+                    let decoded =
+                        above.decoder.features(&self.repeated(index + 1, &maps), tracked)?;
+                    projection.forward(&[(features, 1), (&decoded, 1)], tracked)?
                 }
-                _ => features,
+                _ => features.tensor()?,
             };
-            let result = quantize(level.quantizer.as_ref(), &z_e).map_err(|error| {
+            let (z_q, result) = quantize(level.quantizer.as_ref(), &z_e).map_err(|error| {
                 if is_finite(&z_e) { error } else { Error::Diverged { level: index } }
             })?;
-            maps = Some(self.stack_maps(index, &result.0, maps.as_ref())?);
+            maps.insert(0, z_q.into());
             results.push(result);
         }
         results.reverse();
-        Ok(results)
+        Ok((maps, results))
     }
 
     /// The levels' `z_q` `[B,h,w,D]`, bottom first, to what the decoder gives `[B,H,W,…]`.
-    fn decode_maps(&self, maps: &[Tensor], tracked: bool) -> Result<Tensor> {
-        let mut stacked = None;
-        for (index, map) in maps.iter().enumerate().rev() {
-            stacked = Some(self.stack_maps(index, map, stacked.as_ref())?);
-        }
-        match (self.levels.first(), stacked) {
-            (Some(bottom), Some(maps)) => bottom.decoder.forward(&maps, tracked),
-            _ => Err(Error::config("levels", "must hold at least one level")),
+    fn decode_maps(&self, maps: &[FeatureMap], tracked: bool) -> Result<Tensor> {
+        match self.levels.first() {
+            Some(bottom) => bottom.decoder.forward(&self.repeated(0, maps), tracked),
+            None => Err(Error::config("levels", "must hold at least one level")),
         }
     }
 
-    /// This level's map `[B,h,w,D]` beside those of all higher levels, repeated up to `h`×`w`.
-    fn stack_maps(&self, index: usize, map: &Tensor, above: Option<&Tensor>) -> Result<Tensor> {
-        match (self.config.levels.get(index + 1), above) {
-            (Some(level), Some(above)) => {
-                Ok(Tensor::cat(&[map, &repeat_pixels(above, level.downsample)?], D::Minus1)?)
+    /// The maps of the levels from `first` up, and how often each pixel of theirs is repeated to come to the size
+    /// of the first.
+    fn repeated<'a>(&self, first: usize, maps: &'a [FeatureMap]) -> Vec<(&'a FeatureMap, usize)> {
+        let mut times = 1;
+        let mut repeated = Vec::new();
+        for (index, map) in (first..).zip(maps) {
+            if index > first {
+                times *= self.config.levels.get(index).map_or(1, |level| level.downsample);
             }
-            _ => Ok(map.clone()),
+            repeated.push((map, times));
         }
+        repeated
     }
 
     fn check_images(&self, images: &Tensor) -> Result<Tensor> {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use candle_core::{Device, Tensor, Var};
-use vq_ops::{Layer, Precision, Stack};
+use vq_ops::{FeatureMap, Layer, Precision, Stack};
 
 use crate::random::Stream;
 use crate::{Error, Result};
@@ -35,14 +35,22 @@ impl Part {
         self.stack.set_precision(precision);
     }
 
-    /// `[B,h,w,C]` to `[B,h',w',C']`. Differentiable where `tracked`; otherwise no graph is recorded
-    /// and no activation kept.
-    pub(crate) fn forward(&self, x: &Tensor, tracked: bool) -> Result<Tensor> {
+    /// Maps side by side, each pixel so many times in both directions, `[B,h,w,ΣC]`, to `[B,h',w',C']`.
+    /// Differentiable where `tracked`; otherwise no graph is recorded and no activation kept.
+    pub(crate) fn forward(&self, x: &[(&FeatureMap, usize)], tracked: bool) -> Result<Tensor> {
+        Ok(self.stack.forward_joined(x, &self.params(tracked))?)
+    }
+
+    /// [`forward`](Self::forward) to features that other parts take.
+    pub(crate) fn features(&self, x: &[(&FeatureMap, usize)], tracked: bool) -> Result<FeatureMap> {
+        Ok(self.stack.forward_map(x, &self.params(tracked))?)
+    }
+
+    fn params(&self, tracked: bool) -> Vec<Tensor> {
         let tensor = |var: &Var| {
             if tracked { var.as_tensor().clone() } else { var.as_detached_tensor() }
         };
-        let params: Vec<Tensor> = self.params.iter().map(tensor).collect();
-        Ok(self.stack.forward(x, &params)?)
+        self.params.iter().map(tensor).collect()
     }
 
     /// About how many values are held for one image between its forward and its backward pass: the

@@ -6,14 +6,15 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::backend::BackendStorage;
-use candle_core::{CpuStorage, CustomOp2, D, DType, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor};
 
 use crate::Precision;
 use crate::cpu::conv::Geometry;
 use crate::cpu::pack::Images;
+use crate::feature_map::{Beside, Collected, FeatureMap, cpu_storage, place_on_cpu};
 use crate::fused::{Convolution, Step};
 use crate::gradients::{self, Delivery};
+use crate::joined::Joined;
 use crate::primitives::{
     Aside, Gradient, Outputs, Product, column_sums, enter, finish, fold, leave, mask, multiply,
     pack_weights, unfold, unpack_gradients,
@@ -22,19 +23,35 @@ use crate::primitives::{
 /// Runs the steps on `x` `[B, H, W, C]` f32, with the parameters of all layers in their order. Differentiable in
 /// all of them.
 pub(crate) fn run(
-    mut steps: Vec<Step>,
+    steps: Vec<Step>,
     precision: Precision,
     x: &Tensor,
     params: &[Tensor],
 ) -> Result<Tensor> {
-    let x = x.contiguous()?;
+    run_joined(steps, precision, Joined::of(x)?, params, false)?.tensor()
+}
+
+/// [`run`] on maps side by side. What it gives stays beside the graph where `beside`, unless it is put together of
+/// windows.
+pub(crate) fn run_joined(
+    mut steps: Vec<Step>,
+    precision: Precision,
+    x: Joined,
+    params: &[Tensor],
+    beside: bool,
+) -> Result<FeatureMap> {
     let detached: Vec<Tensor> = params.iter().map(Tensor::detach).collect();
-    let ends = Ends::new(&mut steps, precision, x.dim(D::Minus1)?, detached.last())?;
+    let [.., channels] = x.dims();
+    let ends = Ends::new(&mut steps, precision, channels, detached.last())?;
     let packed = Packed::new(&steps, &detached, ends.dtype)?;
-    let (output, tape) = forward(&steps, &ends, &x.detach(), &packed)?;
+    let (output, tape) = forward(&steps, &ends, &x, &packed)?;
+    let beside = beside && ends.last.is_none();
     let tracked = params.iter().find(|param| param.track_op());
-    if !x.track_op() && tracked.is_none() {
-        return ends.leave(&output);
+    if x.lead.is_none() && tracked.is_none() {
+        if beside {
+            return Ok(FeatureMap::beside(Beside::new(None, output, ends.channels)));
+        }
+        return ends.leave(&output).map(FeatureMap::from);
     }
     // The graph's second operand: all parameters side by side, or, where their gradients are delivered beside
     // the graph, any of them, for the operation's sake.
@@ -47,14 +64,25 @@ pub(crate) fn run(
         (None, _) => (output.detach(), None),
     };
     let tape = Mutex::new(Some(tape));
-    let op = DeviceStack { steps, ends, params: detached, output, tape, delivery };
-    x.apply_op2(&second, op)
+    let lead = match &x.lead {
+        Some(lead) => lead.clone(),
+        None => x.any()?.detach(),
+    };
+    let map = beside.then(|| Beside::new(None, output.clone(), ends.channels));
+    let of_output = map.as_ref().map(|map| map.gradient.clone());
+    let op = DeviceStack { steps, ends, x, params: detached, output, tape, delivery, of_output };
+    let result = lead.apply_op2(&second, op)?;
+    Ok(match map {
+        Some(map) => FeatureMap::beside(Beside { place: Some(result), ..map }),
+        None => result.into(),
+    })
 }
 
 /// The operation that the graph knows: its forward pass has run already.
 struct DeviceStack {
     steps: Vec<Step>,
     ends: Ends,
+    x: Joined,
     params: Vec<Tensor>,
     /// As the last step left it.
     output: Tensor,
@@ -62,6 +90,8 @@ struct DeviceStack {
     tape: Mutex<Option<Vec<Kept>>>,
     /// Where the parameters' gradients go, if not into the graph.
     delivery: Option<Delivery>,
+    /// Where the output's gradient comes from, if not from the graph.
+    of_output: Option<Collected>,
 }
 
 /// How maps enter and leave a stack. Inside, their number of channels is a multiple of 16 bytes, with zeros beyond
@@ -123,11 +153,12 @@ impl Ends {
         Ok(Self { dtype, group, channels, first, last })
     }
 
-    /// The input `[B, H, W, C]` f32 as the first step takes it.
-    fn enter(&self, x: &Tensor) -> Result<Tensor> {
+    /// The input `[B, H, W, C]` as the first step takes it.
+    fn enter(&self, x: &Joined) -> Result<Tensor> {
+        let [.., channels] = x.dims();
         match &self.first {
-            Some(geometry) => unfold(x, geometry, self.dtype),
-            None => enter(x, self.dtype, x.dim(D::Minus1)?.next_multiple_of(self.group)),
+            Some(geometry) => unfold(&x.join(DType::F32, channels)?, geometry, self.dtype),
+            None => x.join(self.dtype, channels.next_multiple_of(self.group)),
         }
     }
 
@@ -153,11 +184,11 @@ impl Ends {
         }
     }
 
-    /// The gradient that the first step gives, as that of the input of so many channels.
-    fn leave_back(&self, grad: &Tensor, channels: usize) -> Result<Tensor> {
+    /// The gradient that the first step gives, as that of the input, as far as it is for the graph.
+    fn leave_back(&self, grad: &Tensor, x: &Joined) -> Result<Option<Tensor>> {
         match &self.first {
-            Some(geometry) => fold(grad, geometry, None),
-            None => leave(grad, channels),
+            Some(geometry) => x.part(&fold(grad, geometry, None)?),
+            None => x.part(grad),
         }
     }
 }
@@ -355,7 +386,7 @@ impl Convolution {
 fn forward(
     steps: &[Step],
     ends: &Ends,
-    x: &Tensor,
+    x: &Joined,
     packed: &Packed,
 ) -> Result<(Tensor, Vec<Kept>)> {
     let x = ends.enter(x)?;
@@ -474,32 +505,31 @@ impl CustomOp2 for DeviceStack {
         _: &CpuStorage,
         _: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
-        let output = self.ends.leave(&self.output)?;
-        let (storage, layout) = output.storage_and_layout();
-        match &*storage {
-            Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
-            _ => bail!("a stack's output is on another device"),
+        match &self.of_output {
+            Some(_) => Ok(place_on_cpu()),
+            None => cpu_storage(&self.ends.leave(&self.output)?),
         }
     }
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(
         &self,
-        _: &candle_core::CudaStorage,
+        x: &candle_core::CudaStorage,
         _: &Layout,
         _: &candle_core::CudaStorage,
         _: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
         use crate::cuda::layers::{folded, left};
-        match &self.ends.last {
-            Some((geometry, bias)) => folded(&self.output, geometry, Some(bias)),
-            None => left(&self.output, self.ends.channels),
+        match (&self.of_output, &self.ends.last) {
+            (Some(_), _) => crate::feature_map::place_on_cuda(&x.device),
+            (None, Some((geometry, bias))) => folded(&self.output, geometry, Some(bias)),
+            (None, None) => left(&self.output, self.ends.channels),
         }
     }
 
     fn bwd(
         &self,
-        x: &Tensor,
+        lead: &Tensor,
         second: &Tensor,
         _: &Tensor,
         grad: &Tensor,
@@ -510,15 +540,20 @@ impl CustomOp2 for DeviceStack {
             // A second backward pass through the same graph.
             None => {
                 let packed = Packed::new(&self.steps, &self.params, self.ends.dtype)?;
-                forward(&self.steps, &self.ends, &x.detach(), &packed)?.1
+                forward(&self.steps, &self.ends, &self.x, &packed)?.1
             }
         };
-        let back = self.ends.enter_back(&grad.detach().contiguous()?)?;
+        let back = match &self.of_output {
+            Some(collected) => Back { grad: collected.take()?, sums: None },
+            None => self.ends.enter_back(&grad.detach().contiguous()?)?,
+        };
         let of_parameters = self.delivery.is_some() || second.track_op();
-        let asked_for = (x.track_op(), of_parameters);
+        let asked_for = (lead.track_op(), of_parameters);
         let (of_x, of_params) = backward(&self.steps, &tape, back, asked_for)?;
-        let channels = x.dim(D::Minus1)?;
-        let of_x = of_x.map(|of_x| self.ends.leave_back(&of_x, channels)).transpose()?;
+        let of_x = match of_x {
+            Some(of_x) => self.ends.leave_back(&of_x, &self.x)?,
+            None => None,
+        };
         if let (Some(delivery), Some(of_params)) = (&self.delivery, &of_params) {
             delivery.add(of_params.clone())?;
             return Ok((of_x, None));

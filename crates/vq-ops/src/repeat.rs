@@ -18,6 +18,11 @@ pub fn repeat_pixels(x: &Tensor, n: usize) -> Result<Tensor> {
     blocks.contiguous()?.reshape((b, h * n, w * n, c))
 }
 
+/// The other way, without a gradient: `[B, h·n, w·n, C]` f32 to `[B, h, w, C]`, each pixel the sum of n × n.
+pub(crate) fn add_pixels(x: &Tensor, n: usize) -> Result<Tensor> {
+    x.contiguous()?.apply_op1_no_bwd(&Repeat { times: n, back: true })
+}
+
 /// Repeats pixels, or, the other way, adds them up.
 struct Repeat {
     times: usize,

@@ -1,11 +1,13 @@
 //! Chains of layers that run as one operation.
 
-use candle_core::{DType, Result, Tensor, bail};
+use candle_core::{D, DType, Result, Tensor, bail};
 
 use crate::cpu::buffers::Buffers;
 use crate::dispatch::{on_cpu, on_primitives};
+use crate::feature_map::FeatureMap;
 use crate::fused::{FusedStack, plan};
-use crate::{Conv2d, ConvTranspose2d, Precision, device_stack};
+use crate::joined::{Joined, joined_dims};
+use crate::{Conv2d, ConvTranspose2d, Precision, device_stack, repeat_pixels};
 
 /// One layer of a [`Stack`].
 #[derive(Clone, Debug, PartialEq)]
@@ -202,6 +204,45 @@ impl Stack {
         let keep = x.track_op() || theta.track_op();
         let op = FusedStack::new(&self.layers, self.precision, x.dims(), &self.buffers, keep)?;
         x.contiguous()?.apply_op2(&theta, op)
+    }
+
+    /// [`Stack::forward`] on maps side by side, each pixel repeated the given number of times in both directions:
+    /// `[Bᵢ, Hᵢ, Wᵢ, Cᵢ]` and nᵢ with equal Bᵢ, Hᵢ·nᵢ and Wᵢ·nᵢ, as `x` `[B, H, W, ΣCᵢ]`.
+    pub fn forward_joined(&self, x: &[(&FeatureMap, usize)], params: &[Tensor]) -> Result<Tensor> {
+        self.run_joined(x, params, false)?.tensor()
+    }
+
+    /// [`forward_joined`](Self::forward_joined) to a map for other stacks.
+    pub fn forward_map(&self, x: &[(&FeatureMap, usize)], params: &[Tensor]) -> Result<FeatureMap> {
+        self.run_joined(x, params, true)
+    }
+
+    fn run_joined(
+        &self,
+        x: &[(&FeatureMap, usize)],
+        params: &[Tensor],
+        beside: bool,
+    ) -> Result<FeatureMap> {
+        let is_f32 = |(map, _): &(&FeatureMap, usize)| {
+            map.in_graph().is_none_or(|map| map.dtype() == DType::F32)
+        };
+        let on_primitives = |(map, _): &(&FeatureMap, usize)| on_primitives(map.device());
+        if x.iter().all(is_f32) && x.iter().any(on_primitives) {
+            self.check_parameters(params)?;
+            let x = Joined::new(x)?;
+            let (steps, _) = plan(&self.layers, self.precision, &x.dims())?;
+            return device_stack::run_joined(steps, self.precision, x, params, beside);
+        }
+        joined_dims(x)?;
+        let parts = x.iter().map(|&(map, times)| {
+            let map = map.tensor()?;
+            if times == 1 { Ok(map) } else { repeat_pixels(&map, times) }
+        });
+        let joined = match &parts.collect::<Result<Vec<_>>>()?[..] {
+            [one] => one.clone(),
+            parts => Tensor::cat(parts, D::Minus1)?,
+        };
+        self.forward(&joined, params).map(FeatureMap::from)
     }
 
     /// [`Stack::forward`] through [`crate::conv2d`] and [`crate::conv_transpose2d`], one by one:

@@ -16,6 +16,15 @@ pub(super) struct Report {
     device: String,
     checks: Vec<Check>,
     speeds: Vec<Speed>,
+    runs: Vec<Run>,
+}
+
+/// A whole run.
+pub(super) struct Run {
+    pub(super) name: &'static str,
+    pub(super) seconds: f64,
+    /// Its last words.
+    pub(super) said: Result<String, String>,
 }
 
 struct Check {
@@ -43,7 +52,7 @@ pub(super) fn say(line: &str) {
 
 impl Report {
     pub(super) fn new(device: String) -> Self {
-        Self { device, checks: Vec::new(), speeds: Vec::new() }
+        Self { device, checks: Vec::new(), speeds: Vec::new(), runs: Vec::new() }
     }
 
     pub(super) fn title(&self) -> String {
@@ -73,8 +82,18 @@ impl Report {
         self.speeds.push(speed);
     }
 
-    /// What became of all of it; an error where a check failed or a speed of ours was not measured. PyTorch's
-    /// failures are its own.
+    pub(super) fn run(&mut self, run: Run) {
+        let Run { name, seconds, said } = &run;
+        let said = match said {
+            Ok(said) => said.replace('\n', "\n    "),
+            Err(problem) => format!("FAILED: {problem}"),
+        };
+        say(&format!("{name:<24} {seconds:>8.1}  {said}"));
+        self.runs.push(run);
+    }
+
+    /// What became of all of it; an error where a check or a run failed or a speed of ours was not measured.
+    /// PyTorch's failures are its own.
     pub(super) fn verdict(&self) -> Result<String, String> {
         let failed = self.checks.iter().filter(|check| check.problem.is_some()).count();
         let ours = || self.speeds.iter().filter(|speed| speed.program == OURS);
@@ -92,9 +111,15 @@ impl Report {
         if unmeasured > 0 {
             parts.push(format!("{unmeasured} of {speeds} runs of the training loop failed"));
         }
+        let broken = self.runs.iter().filter(|run| run.said.is_err()).count();
+        if broken > 0 {
+            parts.push(format!("{broken} of {} whole runs failed", self.runs.len()));
+        } else if !self.runs.is_empty() {
+            parts.push(format!("{} whole runs done", self.runs.len()));
+        }
         let text =
             if parts.is_empty() { "nothing was checked".to_owned() } else { parts.join("; ") };
-        if failed + unmeasured > 0 { Err(text) } else { Ok(text) }
+        if failed + unmeasured + broken > 0 { Err(text) } else { Ok(text) }
     }
 
     /// Ours over the fastest of PyTorch's, where both are there.
@@ -146,10 +171,19 @@ impl Report {
                 "problem": speed.images_per_second.as_ref().err(),
             })
         });
+        let runs = self.runs.iter().map(|run| {
+            json!({
+                "name": run.name,
+                "seconds": run.seconds,
+                "said": run.said.as_ref().ok(),
+                "problem": run.said.as_ref().err(),
+            })
+        });
         json!({
             "device": self.device,
             "checks": checks.collect::<Vec<_>>(),
             "speeds": speeds.collect::<Vec<_>>(),
+            "runs": runs.collect::<Vec<_>>(),
         })
     }
 }

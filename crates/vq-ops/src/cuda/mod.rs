@@ -3,6 +3,7 @@
 
 pub(crate) mod codebook;
 pub(crate) mod convolution;
+pub(crate) mod joined;
 pub(crate) mod layers;
 pub(crate) mod recording;
 pub(crate) mod training;
@@ -13,7 +14,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::cuda::cudarc::cudnn::CudnnDataType;
 use candle_core::cuda::cudarc::driver::{
-    CudaFunction, CudaView, DevicePtr, DeviceRepr, LaunchConfig, result, sys,
+    CudaFunction, CudaView, DevicePtr, DeviceRepr, LaunchConfig, ValidAsZeroBits, result, sys,
 };
 use candle_core::cuda::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::cuda::{CudaDType, DeviceId, WrapErr};
@@ -80,7 +81,9 @@ fn keep_memory(device: &CudaDevice) -> Result<()> {
 }
 
 /// Types of a feature map's elements.
-pub(crate) trait Element: CudaDType + CudnnDataType + DeviceRepr + 'static {
+pub(crate) trait Element:
+    CudaDType + CudnnDataType + DeviceRepr + ValidAsZeroBits + 'static
+{
     /// As the kernels' names end.
     const NAME: &'static str;
     const ZERO: Self;

@@ -253,6 +253,39 @@ static void repeats() {
     for (size_t i = 0; i < x.size(); i++) check(near(back[i], 4 * x[i], 1e-5), "add_pixels");
 }
 
+// Two maps side by side, the second's pixels twice in both directions, in pixels of `all`.
+template <typename F, typename T, int N> static void joining(u32 channels, u32 own, u32 other, u32 all) {
+    const u32 batch = 2, height = 4, width = 6;
+    auto large = rounded<F>(noise(batch * height * width * own));
+    auto small = rounded<F>(noise(batch * height * width / 4 * other));
+    std::vector<T> to(batch * height * width * all, from_float<T>(7.f));
+    Place first = {height, width, 1, channels, own, 0, all};
+    Place second = {height / 2, width / 2, 2, other, other, channels, all};
+    const u64 pixels = batch * height * width;
+    launch({2, 1, 1}, 32, [&] { join_map<F, T, N>(large.data(), to.data(), pixels * channels / N, first); });
+    launch({2, 1, 1}, 32, [&] { join_map<F, T, N>(small.data(), to.data(), pixels * other / N, second); });
+    std::vector<double> sums(small.size());
+    for (u32 i = 0; i < pixels; i++) {
+        const u32 x = i % width, y = i / width % height, b = i / width / height;
+        const u32 j = (b * height / 2 + y / 2) * width / 2 + x / 2;
+        for (u32 c = 0; c < all; c++) {
+            float expected = 7.f;
+            if (c < channels) expected = to_float(large[i * own + c]);
+            else if (c < channels + other) expected = to_float(small[j * other + c - channels]);
+            check(to_float(to[i * all + c]) == to_float(from_float<T>(expected)), "join_map");
+            if (c >= channels && c < channels + other) sums[j * other + c - channels] += to_float(to[i * all + c]);
+        }
+    }
+    std::vector<F> of_large(large.size()), of_small(small.size());
+    launch({2, 1, 1}, 32, [&] { map_part<T, F, N>(to.data(), of_large.data(), large.size() / N, first); });
+    launch({2, 1, 1}, 32, [&] { map_part<T, F, N>(to.data(), of_small.data(), small.size() / N, second); });
+    for (u32 i = 0; i < pixels; i++)
+        for (u32 c = 0; c < own; c++)
+            check(to_float(of_large[i * own + c]) == to_float(from_float<F>(c < channels ? to_float(to[i * all + c]) : 0.f)),
+                  "map_part");
+    for (size_t i = 0; i < small.size(); i++) check(near(to_float(of_small[i]), sums[i], 0.02), "map_part, sums");
+}
+
 static void errors(u32 n, u32 blocks) {
     auto a = noise(n), b = noise(n);
     std::vector<double> partial(blocks);
@@ -448,6 +481,8 @@ int main() {
     folding<float, 4>(3, 4, 2, 1); folding<bf16, 8>(3, 4, 2, 1); folding<float, 4>(1, 4, 4, 0); folding<float, 4>(4, 3, 1, 1);
     axes();
     repeats();
+    joining<float, float, 1>(3, 4, 2, 7); joining<bf16, bf16, 1>(5, 8, 1, 8); joining<float, bf16, 1>(3, 3, 5, 8);
+    joining<bf16, float, 8>(16, 24, 8, 24); joining<bf16, bf16, 8>(8, 8, 16, 32); joining<float, bf16, 8>(8, 16, 8, 16);
     errors(1, 1); errors(1000, 3);
     codes(1, 1, 1, false); codes(70, 5, 3, false); codes(130, 100, 20, true); codes(65, 64, 64, true);
     codes(5, 2, 300, true); codes(2100, 7, 4, false);

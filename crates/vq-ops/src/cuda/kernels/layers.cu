@@ -234,6 +234,47 @@ extern "C" __global__ void add_pixels(const float* from, float* to, u64 n, u32 h
     }
 }
 
+// One of several maps side by side: each of its pixels, of `own` elements, counts times × times there, where its
+// `channels` start at `first` of a pixel's `all`.
+struct Place { u32 height, width, times, channels, own, first, all; };
+
+// A map [batch][height][width][own] to where it lies among others; n groups of N elements, which are of one pixel.
+template <typename F, typename T, int N> __device__ void join_map(const F* from, T* to, u64 n, Place p) {
+    const u32 groups = p.channels / N, width = p.width * p.times, height = p.height * p.times;
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        const u64 pixel = quotient(i, groups);
+        const u32 c = (u32)(i - pixel * groups) * N;
+        u64 source = pixel;
+        if (p.times > 1) {
+            const u64 row = quotient(pixel, width), image = quotient(row, height);
+            const u32 x = (u32)(pixel - row * width), y = (u32)(row - image * height);
+            source = (image * p.height + y / p.times) * p.width + x / p.times;
+        }
+        Group<F, N> values = *(const Group<F, N>*)(from + source * p.own + c);
+        Group<T, N> placed;
+        for (int j = 0; j < N; j++) placed.at[j] = from_float<T>(to_float(values.at[j]));
+        *(Group<T, N>*)(to + pixel * p.all + p.first + c) = placed;
+    }
+}
+
+// The other way: sums, and zeros beyond the channels; n groups of N elements of `to`.
+template <typename F, typename T, int N> __device__ void map_part(const F* from, T* to, u64 n, Place p) {
+    const u32 groups = p.own / N, width = p.width * p.times;
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        const u64 pixel = quotient(i, groups), row = quotient(pixel, p.width);
+        const u32 c = (u32)(i - pixel * groups) * N, x = (u32)(pixel - row * p.width);
+        float sums[N] = {};
+        for (u32 tap = 0; c < p.channels && tap < p.times * p.times; tap++) {
+            const u64 source = (row * p.times + tap / p.times) * width + x * p.times + tap % p.times;
+            Group<F, N> values = *(const Group<F, N>*)(from + source * p.all + p.first + c);
+            for (int j = 0; j < N; j++) sums[j] += to_float(values.at[j]);
+        }
+        Group<T, N> all;
+        for (int j = 0; j < N; j++) all.at[j] = from_float<T>(sums[j]);
+        *(Group<T, N>*)(to + i * N) = all;
+    }
+}
+
 // [batch][rows][columns] to [batch][columns][rows].
 extern "C" __global__ void swap_axes(const float* from, float* to, u64 n, u32 rows, u32 columns) {
     for (u64 i = thread_number(); i < n; i += thread_count()) {
@@ -277,3 +318,19 @@ SUMS(float, f32, 1)
 SUMS(bf16, bf16, 1)
 SUMS(float, f32_grouped, GROUP<float>)
 SUMS(bf16, bf16_grouped, GROUP<bf16>)
+
+#define JOINED(F, T, name, N)                                                                              \
+    extern "C" __global__ void join_map_##name(const F* from, T* to, u64 n, Place place) {                \
+        join_map<F, T, N>(from, to, n, place);                                                            \
+    }                                                                                                      \
+    extern "C" __global__ void map_part_##name(const F* from, T* to, u64 n, Place place) {                \
+        map_part<F, T, N>(from, to, n, place);                                                            \
+    }
+JOINED(float, float, f32_f32, 1)
+JOINED(float, bf16, f32_bf16, 1)
+JOINED(bf16, float, bf16_f32, 1)
+JOINED(bf16, bf16, bf16_bf16, 1)
+JOINED(float, float, f32_f32_grouped, 8)
+JOINED(float, bf16, f32_bf16_grouped, 8)
+JOINED(bf16, float, bf16_f32_grouped, 8)
+JOINED(bf16, bf16, bf16_bf16_grouped, 8)

@@ -1,0 +1,213 @@
+//! Feature maps on their way between stacks.
+
+use std::sync::{Arc, Mutex, PoisonError};
+
+use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Storage, Tensor, bail};
+
+use crate::primitives::{Outputs, enter, finish, leave};
+
+/// A feature map `[B, H, W, C]` that [stacks](crate::Stack) give and take.
+///
+/// On CUDA, [`Stack::forward_map`](crate::Stack::forward_map) leaves it as the products gave it, in their format, and
+/// candle's graph knows a tensor of one element in its place; its gradient is passed on in the same format. As a
+/// tensor of the graph it would be widened to f32 and back on the way, and for each of its uses the graph would
+/// fill another such tensor with zeros and add to it. On other devices it is a tensor.
+#[derive(Clone, Debug)]
+pub struct FeatureMap(Form);
+
+#[derive(Clone, Debug)]
+enum Form {
+    InGraph(Tensor),
+    Beside(Beside),
+}
+
+impl From<Tensor> for FeatureMap {
+    fn from(map: Tensor) -> Self {
+        Self(Form::InGraph(map))
+    }
+}
+
+impl FeatureMap {
+    pub(crate) fn beside(map: Beside) -> Self {
+        Self(Form::Beside(map))
+    }
+
+    /// The map as a tensor `[B, H, W, C]` f32. Differentiable.
+    pub fn tensor(&self) -> Result<Tensor> {
+        match &self.0 {
+            Form::InGraph(map) => Ok(map.clone()),
+            Form::Beside(map) => map.tensor(),
+        }
+    }
+
+    /// The tensor that it is, if it is one.
+    pub(crate) fn in_graph(&self) -> Option<&Tensor> {
+        match &self.0 {
+            Form::InGraph(map) => Some(map),
+            Form::Beside(_) => None,
+        }
+    }
+
+    pub(crate) fn to_beside(&self) -> Result<Beside> {
+        match &self.0 {
+            Form::InGraph(map) => Beside::of(map),
+            Form::Beside(map) => Ok(map.clone()),
+        }
+    }
+
+    /// Where it lies.
+    pub fn device(&self) -> &Device {
+        match &self.0 {
+            Form::InGraph(map) => map.device(),
+            Form::Beside(map) => map.values.device(),
+        }
+    }
+
+    /// `[B, H, W, C]`.
+    pub fn dims4(&self) -> Result<(usize, usize, usize, usize)> {
+        match &self.0 {
+            Form::InGraph(map) => map.dims4(),
+            Form::Beside(map) => {
+                let (b, h, w, _) = map.values.dims4()?;
+                Ok((b, h, w, map.channels))
+            }
+        }
+    }
+}
+
+/// A map beside the graph.
+#[derive(Clone, Debug)]
+pub(crate) struct Beside {
+    /// Stands for it in the graph: one zero. None where no gradient is asked for.
+    pub(crate) place: Option<Tensor>,
+    /// `[B, H, W, ≥ C]`, in any format, with zeros beyond the channels; detached.
+    pub(crate) values: Tensor,
+    /// C.
+    pub(crate) channels: usize,
+    pub(crate) gradient: Collected,
+}
+
+/// The sum of the gradients that the uses of a map have left for it, in its format.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Collected(Arc<Mutex<Option<Tensor>>>);
+
+impl Collected {
+    pub(crate) fn add(&self, gradient: Tensor) -> Result<()> {
+        let mut place = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        *place = Some(match place.take() {
+            Some(before) => finish(&before, None, Some(&gradient), Outputs::PLAIN)?,
+            None => gradient,
+        });
+        Ok(())
+    }
+
+    /// All of it: the graph comes back to a map after all of its uses.
+    pub(crate) fn take(&self) -> Result<Tensor> {
+        match self.0.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            Some(gradient) => Ok(gradient),
+            None => bail!("a feature map's gradient was never given"),
+        }
+    }
+}
+
+impl Beside {
+    pub(crate) fn new(place: Option<Tensor>, values: Tensor, channels: usize) -> Self {
+        Self { place, values, channels, gradient: Collected::default() }
+    }
+
+    /// A tensor of the graph `[B, H, W, C]` f32, beside it.
+    fn of(x: &Tensor) -> Result<Self> {
+        let (_, _, _, channels) = x.dims4()?;
+        let x = x.contiguous()?;
+        let map = Self::new(None, x.detach(), channels);
+        let step_out = || x.apply_op1(StepOut(map.gradient.clone()));
+        let place = x.track_op().then(step_out).transpose()?;
+        Ok(Self { place, ..map })
+    }
+
+    fn tensor(&self) -> Result<Tensor> {
+        match &self.place {
+            Some(place) => place.apply_op1(StepIn(self.clone())),
+            None => leave(&self.values, self.channels),
+        }
+    }
+}
+
+/// What stands for a map.
+pub(crate) fn place_on_cpu() -> (CpuStorage, Shape) {
+    (CpuStorage::F32(vec![0.]), 1.into())
+}
+
+/// What stands for a map.
+#[cfg(feature = "cuda")]
+pub(crate) fn place_on_cuda(
+    device: &candle_core::CudaDevice,
+) -> Result<(candle_core::CudaStorage, Shape)> {
+    let zero = device.alloc_zeros::<f32>(1)?;
+    Ok((candle_core::CudaStorage::wrap_cuda_slice(zero, device.clone()), 1.into()))
+}
+
+/// A copy of a tensor's elements.
+pub(crate) fn cpu_storage(x: &Tensor) -> Result<(CpuStorage, Shape)> {
+    use candle_core::backend::BackendStorage;
+    let (storage, layout) = x.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
+        _ => bail!("a feature map is on another device"),
+    }
+}
+
+/// From the graph to beside it.
+struct StepOut(Collected);
+
+impl CustomOp1 for StepOut {
+    fn name(&self) -> &'static str {
+        "vq-beside-graph"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok(place_on_cpu())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        place_on_cuda(&x.device)
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        self.0.take().map(Some)
+    }
+}
+
+/// The other way.
+struct StepIn(Beside);
+
+impl CustomOp1 for StepIn {
+    fn name(&self) -> &'static str {
+        "vq-into-graph"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        cpu_storage(&leave(&self.0.values, self.0.channels)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        crate::cuda::layers::left(&self.0.values, self.0.channels)
+    }
+
+    fn bwd(&self, place: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let Beside { values, gradient, .. } = &self.0;
+        let grad = grad.detach().contiguous()?;
+        gradient.add(enter(&grad, values.dtype(), values.dim(D::Minus1)?)?)?;
+        Ok(Some(place.detach()))
+    }
+}
