@@ -321,7 +321,8 @@ impl Trainable for Tokenizer {
     }
 
     fn load(&mut self, folder: &Path) -> Result<()> {
-        let model = VqVae::from_pretrained(folder, self.model.device())?;
+        let mut model = VqVae::from_pretrained(folder, self.model.device())?;
+        model.set_precision(self.config.precision);
         if let Some((key, was, now)) = first_difference(model.config(), self.model.config())? {
             return Err(Error::ResumeMismatch { key: format!("model.{key}"), was, now });
         }

@@ -2,7 +2,8 @@
 
 use candle_core::{Device, Result, Tensor};
 use vq_ops::{
-    AdamWSlot, AdamWStep, Conv2d, ConvTranspose2d, Layer, MIRRORED, PackedLinear, Precision, Stack,
+    AdamWSlot, AdamWStep, Conv2d, ConvTranspose2d, FeatureMap, Layer, MIRRORED, PackedLinear,
+    Precision, Stack,
 };
 
 use super::checks::{compare, difference, noise, text, within};
@@ -25,6 +26,7 @@ pub(super) fn check(device: &Device, report: &mut Report) {
         vq_ops::set_strict_f32(is_strict);
         convolutions(device, report, format, precision, allowed);
         stack(device, report, format, precision, allowed);
+        maps(device, report, format, precision, allowed);
     }
     vq_ops::set_strict_f32(true);
     codes(device, report);
@@ -109,6 +111,44 @@ fn stack(device: &Device, report: &mut Report, format: &str, precision: Precisio
         if format == "f32" { Ok(y) } else { Ok(y.detach()) }
     });
     report.check(&format!("{format} the standard encoder as a stack"), found);
+}
+
+/// Features that one stack takes alone, and another beside its output and a tensor, both of half the size: what a
+/// model of several levels is made of. No ReLU, whose edge would make more of rounding.
+fn maps(device: &Device, report: &mut Report, format: &str, precision: Precision, allowed: f64) {
+    let conv = |in_channels, out_channels, kernel, stride, padding| Layer::Conv2d {
+        in_channels,
+        out_channels,
+        kernel,
+        config: Conv2d { stride, padding, ..Conv2d::default() },
+    };
+    for (channels, small) in [(64, 32), (5, 3)] {
+        let layers = [
+            conv(3, channels, 3, 1, 1),
+            conv(channels, 8, 4, 2, 1),
+            conv(channels + 8 + small, 16, 1, 1, 0),
+        ];
+        let shapes: Vec<Vec<usize>> = [vec![4, 8, 12, 3], vec![4, 4, 6, small]]
+            .into_iter()
+            .chain(layers.iter().flat_map(Layer::parameters).map(|(_, shape)| shape))
+            .collect();
+        let inputs: Vec<&[usize]> = shapes.iter().map(Vec::as_slice).collect();
+        let found = compare(device, &inputs, allowed, |x, _| {
+            let stacks = layers.iter().map(|layer| {
+                let mut stack = Stack::new(vec![layer.clone()])?;
+                stack.set_precision(precision);
+                Ok(stack)
+            });
+            let stacks = stacks.collect::<Result<Vec<_>>>()?;
+            let (image, small) = (FeatureMap::from(x[0].clone()), FeatureMap::from(x[1].clone()));
+            let features = stacks[0].forward_map(&[(&image, 1)], &x[2..4])?;
+            let above = stacks[1].forward_map(&[(&features, 1)], &x[4..6])?;
+            let y =
+                stacks[2].forward_joined(&[(&features, 1), (&above, 2), (&small, 2)], &x[6..8])?;
+            y + above.tensor()?.mean_all()?.broadcast_as((4, 8, 12, 16))
+        });
+        report.check(&format!("{format} maps between stacks, {channels} channels"), found);
+    }
 }
 
 fn codes(device: &Device, report: &mut Report) {
@@ -214,6 +254,8 @@ fn elementwise(device: &Device, report: &mut Report) {
     report.check("channels_first", found);
     let found = compare(device, &[&[2, 5, 6, 7]], F32, |x, _| vq_ops::channels_last(&x[0]));
     report.check("channels_last", found);
+    let found = compare(device, &[&[2, 5, 6, 7]], F32, |x, _| vq_ops::repeat_pixels(&x[0], 3));
+    report.check("repeat_pixels", found);
 }
 
 fn of_priors(device: &Device, report: &mut Report) {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::Device;
 use vq_data::{Dataset, ImageShape, InMemory, Splits};
+use vq_model::Precision;
 use vq_train::{Event, Observer, Recipe, Tokenizer, Trainable, Trainer};
 
 use super::checks::{noise, text};
@@ -18,23 +19,57 @@ type Result<T> = std::result::Result<T, Boxed>;
 const STEPS: usize = 10;
 const BATCH: usize = 32;
 
+#[derive(Clone, Copy)]
+enum Model {
+    OneLevel,
+    TwoLevels,
+}
+
+impl Model {
+    fn name(self) -> &'static str {
+        match self {
+            Self::OneLevel => "one level",
+            Self::TwoLevels => "two levels",
+        }
+    }
+
+    fn recipe(self) -> vq_train::Result<Recipe> {
+        match self {
+            Self::OneLevel => Ok(Recipe::default()),
+            Self::TwoLevels => {
+                let text = include_str!("../../../configs/cifar10-hierarchical.toml");
+                Recipe::from_toml(text, "cifar10-hierarchical")
+            }
+        }
+    }
+}
+
 pub(super) fn check(device: &Device, report: &mut Report) {
     vq_ops::set_strict_f32(true);
-    report.check("a run of 40 steps beside the CPU's", beside_the_cpu(device).map_err(text));
-    report.check("resumed to the bit", resumed(device).map_err(text));
-    if vq_ops::can_record(device) {
-        report.check("recorded steps, to the bit", recorded(device).map_err(text));
+    for model in [Model::OneLevel, Model::TwoLevels] {
+        let name = model.name();
+        let found = beside_the_cpu(model, device).map_err(text);
+        report.check(&format!("{name}: 40 steps beside the CPU's"), found);
+        for precision in [Precision::F32, Precision::Bf16] {
+            let found = resumed((model, precision), device).map_err(text);
+            report.check(&format!("{name}, {precision}: resumed to the bit"), found);
+            if vq_ops::can_record(device) {
+                let found = recorded((model, precision), device).map_err(text);
+                report.check(&format!("{name}, {precision}: recorded steps, to the bit"), found);
+            }
+        }
     }
     vq_ops::set_strict_f32(false);
 }
 
 /// The mean of the reconstruction error over the last epoch. Rounding decides single codes and then grows, so
 /// that only the course can agree.
-fn beside_the_cpu(device: &Device) -> Result<String> {
+fn beside_the_cpu(model: Model, device: &Device) -> Result<String> {
     let run = |device: &Device| -> Result<(f64, f64)> {
         let folder = tempfile::tempdir()?;
         let losses = Losses::default();
-        trainer(4, device, folder.path())?.with_observer(losses.clone()).run()?;
+        let what = (model, Precision::F32);
+        trainer(what, 4, device, folder.path())?.with_observer(losses.clone()).run()?;
         let losses = losses.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let (Some(first), Some(last)) = (losses.first(), losses.get(3 * STEPS..)) else {
             return Err(format!("{} steps were reported", losses.len()).into());
@@ -50,12 +85,12 @@ fn beside_the_cpu(device: &Device) -> Result<String> {
     if is_alike { Ok(found) } else { Err(found.into()) }
 }
 
-fn resumed(device: &Device) -> Result<String> {
+fn resumed(what: (Model, Precision), device: &Device) -> Result<String> {
     let (straight, parts) = (tempfile::tempdir()?, tempfile::tempdir()?);
-    let mut whole = trainer(2, device, straight.path())?;
+    let mut whole = trainer(what, 2, device, straight.path())?;
     whole.run()?;
-    trainer(1, device, parts.path())?.run()?;
-    let mut second = trainer(2, device, parts.path())?;
+    trainer(what, 1, device, parts.path())?.run()?;
+    let mut second = trainer(what, 2, device, parts.path())?;
     if second.resume()?.is_none() {
         return Err("there is no checkpoint to resume from".into());
     }
@@ -64,11 +99,11 @@ fn resumed(device: &Device) -> Result<String> {
 }
 
 /// A run of repeated steps beside one of steps one by one.
-fn recorded(device: &Device) -> Result<String> {
+fn recorded(what: (Model, Precision), device: &Device) -> Result<String> {
     let (first, second) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let warnings = Warnings::default();
-    let mut repeated = trainer(2, device, first.path())?.with_observer(warnings.clone());
-    let mut one_by_one = trainer(2, device, second.path())?.without_recording();
+    let mut repeated = trainer(what, 2, device, first.path())?.with_observer(warnings.clone());
+    let mut one_by_one = trainer(what, 2, device, second.path())?.without_recording();
     repeated.run()?;
     one_by_one.run()?;
     if !repeated.is_recorded() {
@@ -100,8 +135,13 @@ fn bits(task: &Tokenizer) -> Result<Bits> {
     .collect()
 }
 
-fn trainer(epochs: usize, device: &Device, folder: &Path) -> Result<Trainer<Tokenizer>> {
-    let mut recipe = Recipe::default();
+fn trainer(
+    (model, precision): (Model, Precision),
+    epochs: usize,
+    device: &Device,
+    folder: &Path,
+) -> Result<Trainer<Tokenizer>> {
+    let mut recipe = model.recipe()?;
     for change in [
         "train.schedule=constant",
         "train.warmup_steps=0",
@@ -109,14 +149,15 @@ fn trainer(epochs: usize, device: &Device, folder: &Path) -> Result<Trainer<Toke
         "train.kmeans.rounds=0",
         "train.samples=0",
         "train.eval_every=1000",
-        "model.levels.0.hidden=32",
-        "model.levels.0.residual_hidden=8",
-        "model.levels.0.quantizer.codebook_size=32",
-        "model.levels.0.quantizer.dim=16",
         "model.image_size=[16,16]",
     ] {
         recipe = recipe.with_override(change)?;
     }
+    for level in &mut recipe.model.levels {
+        (level.hidden, level.residual_hidden) = (32, 8);
+        (level.quantizer.codebook_size, level.quantizer.dim) = (32, 16);
+    }
+    recipe.train.precision = precision;
     recipe.train.epochs = epochs;
     recipe.train.batch_size = BATCH;
     let data = images(STEPS * BATCH, 16)?;

@@ -9,7 +9,7 @@ use vq_train::{Outcome, Recipe, read_metrics, read_progress};
 
 use crate::support::{At, Memory, last, recipe, resumed, train, trainer};
 
-const RULES: [&[&str]; 8] = [
+const RULES: [&[&str]; 9] = [
     &["model.levels.0.quantizer.rule=ema"],
     &["model.levels.0.quantizer.rule=gradient", "train.revival.threshold=0.6"],
     &["train.weight_ema=0.9", "train.revival.threshold=0.6", "train.l1=0.1"],
@@ -21,6 +21,7 @@ const RULES: [&[&str]; 8] = [
     ],
     &["model.levels.0.quantizer.rule=ema", "train.accumulate=3", "train.revival.threshold=0.6"],
     &["model.levels.0.quantizer.rule=gradient", "train.accumulate=2"],
+    &["train.precision=bf16"],
     &["model.likelihood=categorical", "train.accumulate=3"],
     &["model.likelihood=logistic-mixture", "model.mixtures=3", "train.weight_ema=0.9"],
 ];
