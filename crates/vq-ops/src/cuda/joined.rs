@@ -1,6 +1,6 @@
 //! Maps side by side, and their parts of a gradient.
 
-use candle_core::cuda::cudarc::driver::DeviceRepr;
+use candle_core::cuda::cudarc::driver::{DeviceRepr, PushKernelArg};
 use candle_core::{CudaDevice, CudaStorage, D, DType, Result, Tensor, bail};
 
 use super::{Element, address, cuda_device, launch, per_element, tensor};
