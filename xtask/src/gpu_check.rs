@@ -167,7 +167,7 @@ fn open(name: &str) -> Result<candle_core::Device, Error> {
 
     let opened = match name.split_once(':').unwrap_or((name, "0")) {
         ("cpu", _) => Ok(Device::Cpu),
-        ("metal", _) => Device::new_metal(0),
+        ("metal", _) => vq_ops::open_metal(),
         ("cuda", number) => match number.parse() {
             Ok(number) => vq_ops::open_cuda(number),
             Err(_) => return Err(Error::Device(format!("{name} is none of cuda, cuda:N"))),

@@ -155,7 +155,7 @@ fn metal() -> Result<Device> {
     if !metal_is_available() {
         return Err(not_built("Metal", "metal"));
     }
-    Device::new_metal(0).map_err(|error| unusable("the Metal device", &error))
+    vq_ops::open_metal().map_err(|error| unusable("the Metal device", &error))
 }
 
 fn not_built(name: &str, feature: &str) -> Error {

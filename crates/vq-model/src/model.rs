@@ -299,7 +299,7 @@ impl VqVae {
     }
 
     /// Whether a training step gives the device the same work every time, so that it can be
-    /// [recorded](vq_ops::Recording): not where a level's quantizer is `product` or `residual`.
+    /// [recorded](vq_ops::Recording): not where a level's quantizer is `residual`.
     /// [`update_codebooks`](Self::update_codebooks) is then [`follow_codes`](Self::follow_codes), which is part of that
     /// work, and [`revive_codes`](Self::revive_codes), which is not.
     pub fn repeats(&self) -> bool {

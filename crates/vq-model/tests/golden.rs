@@ -113,8 +113,11 @@ fn load(
     config.levels.iter_mut().for_each(|level| level.quantizer.rule = rule);
     let model = VqVae::new(&config, 0, &vq_ops::test_device()).unwrap();
     // What the file does not hold: usage and the flag. With `ema`, m = e at the start.
-    let mut tensors: BTreeMap<String, Tensor> =
-        model.tensors().into_iter().map(|(name, tensor)| (name, tensor.copy().unwrap())).collect();
+    let mut tensors: BTreeMap<String, Tensor> = model
+        .tensors()
+        .into_iter()
+        .map(|(name, tensor)| (name, tensor.force_contiguous().unwrap()))
+        .collect();
     let prefix = format!("{case}/param/");
     for (name, tensor) in golden {
         if let Some(name) = name.strip_prefix(&prefix) {

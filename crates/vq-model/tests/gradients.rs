@@ -182,7 +182,7 @@ fn finite_differences_agree_for_every_kind_of_parameter() {
 /// parameter moves without a stop-gradient or an estimator in between.
 fn check_direction(model: &VqVae, images: &Tensor, name: &str, seed: u64) {
     let parameter = &model.parameters()[name];
-    let start = parameter.as_detached_tensor().copy().unwrap();
+    let start = parameter.as_detached_tensor().force_contiguous().unwrap();
     let output = model.forward(images).unwrap();
     let in_bottom_decoder = name.starts_with("levels.0.decoder");
     let is_codebook = name.ends_with("codebook");

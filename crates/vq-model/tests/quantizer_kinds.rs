@@ -15,6 +15,7 @@ use proptest::prelude::*;
 use vq_model::{
     CodebookRule, CodebookUpdate, Codes, QuantizerConfig, QuantizerKind, TrainingStep, VqVae,
 };
+use vq_ops::StepNumber;
 
 const NAME: &str = "levels.0.quantizer";
 const RULES: [CodebookRule; 2] = [CodebookRule::Gradient, CodebookRule::Ema];
@@ -38,8 +39,11 @@ fn product_is_one_vector_quantizer_for_each_part() {
         let mut sums = (0.0, 0.0);
         for group in 0..3 {
             let part = fresh(&QuantizerConfig { rule, ..of(QuantizerKind::Vector, 8, 4) });
-            let mut tensors: BTreeMap<String, Tensor> =
-                part.tensors().into_iter().map(|(name, t)| (name, t.copy().unwrap())).collect();
+            let mut tensors: BTreeMap<String, Tensor> = part
+                .tensors()
+                .into_iter()
+                .map(|(name, t)| (name, t.force_contiguous().unwrap()))
+                .collect();
             for (name, tensor) in product.tensors() {
                 if let Some(name) = name.strip_prefix(&format!("{NAME}.groups.{group}.")) {
                     tensors.insert(format!("{NAME}.{name}"), tensor);
@@ -419,7 +423,7 @@ fn sim_moves_all_codes_through_its_matrix_and_decodes_to_the_turned_ones() {
     let z = uniform(0, &[2, 3, 4, 6], 0.5);
     let loss = |_: &Tensor| quantizer.quantize(&z).unwrap().codebook_loss;
     let var = &model.parameters()[&transform];
-    let start = var.as_detached_tensor().copy().unwrap();
+    let start = var.as_detached_tensor().force_contiguous().unwrap();
     let gradients = loss(&start).backward().unwrap();
     let gradient = gradients.get(var).unwrap();
     let size = scalar(&gradient.sqr().unwrap().sum_all().unwrap().sqrt().unwrap());
@@ -464,5 +468,36 @@ fn the_commitment_loss_reaches_the_encoder_alone_and_the_codebooks_loss_the_code
         // Index backpropagation's goes through the probabilities to both.
         let is_double = config.kind == QuantizerKind::IndexBackprop;
         assert_eq!(gradients.get(&z).is_some(), is_double, "{config:?}");
+    }
+}
+
+/// What a recorded step does in two parts.
+#[test]
+fn following_and_reviving_codes_is_updating_them() {
+    let options = CodebookUpdate { revive_threshold: 0.5, seed: 3 };
+    let vector = |rule| QuantizerConfig { rule, ..of(QuantizerKind::Vector, 16, 6) };
+    for config in every_quantizer().into_iter().chain(RULES.map(vector)) {
+        let [at_once, in_parts] = [(); 2].map(|()| fresh(&config));
+        if !at_once.repeats() {
+            continue;
+        }
+        let z = uniform(0, &[2, 3, 4, config.dim], 0.5);
+        let z_e = std::slice::from_ref(&z);
+        for step in 1..4 {
+            let codes = |model: &VqVae| Codes {
+                levels: vec![model.quantizer(0).unwrap().encode(&z).unwrap()],
+            };
+            let reports = at_once.update_codebooks(z_e, &codes(&at_once), &options, step).unwrap();
+            let known = StepNumber::Known(step);
+            in_parts.follow_codes(z_e, &codes(&in_parts), known).unwrap();
+            let revived = in_parts.revive_codes(z_e, &options, step).unwrap();
+            let reported: Vec<_> =
+                reports.into_iter().map(|report| (report.parameter, report.revived)).collect();
+            assert_eq!(revived, reported, "{config:?}");
+        }
+        let (ours, theirs) = (in_parts.tensors(), at_once.tensors());
+        for (name, tensor) in &ours {
+            assert_eq!(values(tensor), values(&theirs[name]), "{name} of {config:?}");
+        }
     }
 }

@@ -186,8 +186,11 @@ fn check_updates(case: &str, config: &QuantizerConfig) {
 /// A model whose quantizer has the file's parameters; m = e and N = 1 with moving averages.
 fn load(golden: &BTreeMap<String, Tensor>, case: &str, config: &QuantizerConfig) -> VqVae {
     let model = VqVae::new(&small_of(config), 0, &vq_ops::test_device()).unwrap();
-    let mut tensors: BTreeMap<String, Tensor> =
-        model.tensors().into_iter().map(|(name, t)| (name, t.copy().unwrap())).collect();
+    let mut tensors: BTreeMap<String, Tensor> = model
+        .tensors()
+        .into_iter()
+        .map(|(name, t)| (name, t.force_contiguous().unwrap()))
+        .collect();
     let prefix = format!("{case}/param/");
     for (name, tensor) in golden {
         let Some(name) = name.strip_prefix(&prefix) else { continue };

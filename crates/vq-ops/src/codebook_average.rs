@@ -160,7 +160,7 @@ mod tests {
     fn cosine_codes_are_of_length_1() {
         let rule = AverageRule { decay: 0.5, warmup: 0., epsilon: 1e-5, cosine: true };
         let (usage, sums) = (tensor(&[1.], &[1]), tensor(&[0.6, 0.8, 0.], &[1, 3]));
-        let codebook = sums.copy().unwrap();
+        let codebook = sums.force_contiguous().unwrap();
         let averages = CodebookAverages { usage: &usage, vectors: Some((&sums, &codebook)) };
         let (counts, new) = (tensor(&[2.], &[1]), tensor(&[0., 1.2, 1.6], &[1, 3]));
         average_codebook(averages, &counts, &new, &rule, StepNumber::Known(5)).unwrap();

@@ -1,8 +1,9 @@
 //! The operations composed of candle's own: slow and obvious, for any device, and the oracle that
 //! the kernels are tested against.
 
-use candle_core::{D, DType, Result, Tensor};
+use candle_core::{D, DType, Device, Result, Tensor};
 
+use crate::nchw::{Convolution, convolve};
 use crate::{Conv2d, ConvTranspose2d, Precision};
 
 /// Runs `work` with operations of this crate in their composed form alone, whatever the device: what a
@@ -27,17 +28,9 @@ pub fn conv2d(
     bias: Option<&Tensor>,
     config: Conv2d,
 ) -> Result<Tensor> {
-    let x = if config.relu_input { relu(x)? } else { x.clone() };
-    let (x, weight) = (rounded(&x, config.precision)?, rounded(weight, config.precision)?);
-    let nchw = x.permute((0, 3, 1, 2))?.contiguous()?;
-    let y = nchw.conv2d(
-        &weight.contiguous()?,
-        config.padding,
-        config.stride,
-        config.dilation,
-        /* groups */ 1,
-    )?;
-    add_bias(&y.permute((0, 2, 3, 1))?.contiguous()?, bias)
+    let Conv2d { stride, padding, dilation, relu_input, precision } = config;
+    let how = Convolution { stride, padding, dilation, transposed: None };
+    convolve_channels_last(x, weight, bias, how, (relu_input, precision))
 }
 
 /// [`crate::conv_transpose2d`] through candle's NCHW transposed convolution.
@@ -47,24 +40,35 @@ pub fn conv_transpose2d(
     bias: Option<&Tensor>,
     config: ConvTranspose2d,
 ) -> Result<Tensor> {
-    let x = if config.relu_input { relu(x)? } else { x.clone() };
-    let (x, weight) = (rounded(&x, config.precision)?, rounded(weight, config.precision)?);
-    let nchw = x.permute((0, 3, 1, 2))?.contiguous()?;
-    let y = nchw.conv_transpose2d(
-        &weight.contiguous()?,
-        config.padding,
-        config.output_padding,
-        config.stride,
-        config.dilation,
-    )?;
-    add_bias(&y.permute((0, 2, 3, 1))?.contiguous()?, bias)
+    let ConvTranspose2d { stride, padding, output_padding, dilation, relu_input, precision } =
+        config;
+    let how = Convolution { stride, padding, dilation, transposed: Some(output_padding) };
+    convolve_channels_last(x, weight, bias, how, (relu_input, precision))
+}
+
+fn convolve_channels_last(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    how: Convolution,
+    (relu_input, precision): (bool, Precision),
+) -> Result<Tensor> {
+    let x = if relu_input { relu(x)? } else { x.clone() };
+    let (x, weight) = (rounded(&x, precision)?, rounded(weight, precision)?);
+    let y = convolve(&x.permute((0, 3, 1, 2))?, &weight, how)?;
+    let y = y.permute((0, 2, 3, 1))?.contiguous()?;
+    match bias {
+        Some(bias) => y.broadcast_add(bias),
+        None => Ok(y),
+    }
 }
 
 /// Nearest codes by direct differences in f64: `z` `[N, D]`, `codebook` `[K, D]` → `[N]` u32, the
-/// lowest index among ties. Holds one `[K, D]` difference at a time.
+/// lowest index among ties. Holds one `[K, D]` difference at a time, on the CPU: not every device has f64.
 pub fn nearest_codes(z: &Tensor, codebook: &Tensor) -> Result<Tensor> {
-    let z = z.to_dtype(candle_core::DType::F64)?;
-    let codebook = codebook.to_dtype(candle_core::DType::F64)?;
+    let device = z.device();
+    let z = z.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
+    let codebook = codebook.to_device(&Device::Cpu)?.to_dtype(DType::F64)?;
     let mut codes = Vec::with_capacity(z.dim(0)?);
     for row in 0..z.dim(0)? {
         let distances: Vec<f64> =
@@ -78,7 +82,7 @@ pub fn nearest_codes(z: &Tensor, codebook: &Tensor) -> Result<Tensor> {
         codes.push(best as u32);
     }
     let n = codes.len();
-    Tensor::from_vec(codes, n, z.device())
+    Tensor::from_vec(codes, n, device)
 }
 
 /// Elements of the largest matrix that is held for vectors × codes.
@@ -113,12 +117,5 @@ fn rounded(x: &Tensor, precision: Precision) -> Result<Tensor> {
         Precision::Bf16 => {
             crate::replace_value(x, &x.detach().to_dtype(DType::BF16)?.to_dtype(x.dtype())?)
         }
-    }
-}
-
-fn add_bias(y: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
-    match bias {
-        Some(bias) => y.broadcast_add(bias),
-        None => Ok(y.clone()),
     }
 }

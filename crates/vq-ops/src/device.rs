@@ -12,25 +12,41 @@ pub fn open_cuda(number: usize) -> Result<Device> {
     if !candle_core::utils::cuda_is_available() {
         return Err(Error::NotCompiledWithCudaSupport);
     }
-    let hook = panic::take_hook();
-    panic::set_hook(Box::new(|_| {}));
-    let opened = panic::catch_unwind(AssertUnwindSafe(|| {
+    // Of a missing library the bindings list some thirty names that it could have.
+    let why = |said: Option<&str>| {
+        let said = said.and_then(|said| said.split(" - searched for").next());
+        said.unwrap_or("CUDA's libraries cannot be opened").to_owned()
+    };
+    open(why, || {
         let device = Device::new_cuda(number)?;
         #[cfg(feature = "cuda")]
         if let Device::Cuda(device) = &device {
             crate::cuda::prepare(device)?;
         }
         Ok(device)
-    }));
+    })
+}
+
+/// Opens the Metal device. An error where there is none: candle panics there.
+pub fn open_metal() -> Result<Device> {
+    open(|_| "there is no Metal device".to_owned(), || Device::new_metal(0))
+}
+
+/// What `work` opens; where it panics, an error: `why`, given what the panic says.
+fn open(
+    why: impl Fn(Option<&str>) -> String,
+    work: impl FnOnce() -> Result<Device>,
+) -> Result<Device> {
+    let hook = panic::take_hook();
+    panic::set_hook(Box::new(|_| {}));
+    let opened = panic::catch_unwind(AssertUnwindSafe(work));
     panic::set_hook(hook);
-    opened.unwrap_or_else(|problem| {
-        let text = problem
+    opened.unwrap_or_else(|said| {
+        let text = said
             .downcast_ref::<String>()
             .map(String::as_str)
-            .or_else(|| problem.downcast_ref::<&str>().copied());
-        // Of a missing library the bindings list some thirty names that it could have.
-        let text = text.and_then(|text| text.split(" - searched for").next());
-        Err(Error::Msg(text.unwrap_or("CUDA's libraries cannot be opened").to_owned()))
+            .or_else(|| said.downcast_ref::<&str>().copied());
+        Err(Error::Msg(why(text)))
     })
 }
 
@@ -76,7 +92,7 @@ pub fn test_device() -> Device {
         let name = std::env::var("VQ_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned());
         let opened = match name.split_once(':').unwrap_or((name.as_str(), "0")) {
             ("cpu", _) => Ok(Device::Cpu),
-            ("metal", _) => Device::new_metal(0),
+            ("metal", _) => open_metal(),
             ("cuda", number) => number.parse().map_err(Error::wrap).and_then(open_cuda),
             _ => Err(Error::Msg("it is none of cpu, cuda, cuda:N, metal".to_owned())),
         };

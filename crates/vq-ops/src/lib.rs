@@ -35,6 +35,7 @@ mod joined;
 mod linear;
 mod math;
 mod matmul;
+mod nchw;
 mod nearest;
 mod nearest_by_scores;
 mod network;
@@ -63,7 +64,7 @@ pub use codebook_average::{AverageRule, CodebookAverages, StepNumber, average_co
 pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
 #[doc(hidden)]
 pub use device::test_device;
-pub use device::{gpu_name, is_strict_f32, open_cuda, set_strict_f32};
+pub use device::{gpu_name, is_strict_f32, open_cuda, open_metal, set_strict_f32};
 pub use dropout::dropout;
 pub use feature_map::FeatureMap;
 pub use gate::{gate, gate_sum};

@@ -265,8 +265,11 @@ fn average_decay(decay: f64, step: u64) -> f64 {
     decay.min((1.0 + step as f64) / (10.0 + step as f64))
 }
 
+/// On Metal, `Tensor::copy` gives the same buffer (candle 0.11.1).
 fn copies(parameters: &Parameters) -> Result<BTreeMap<String, Tensor>> {
-    let copy = |(name, var): (&String, &Var)| Ok((name.clone(), var.as_detached_tensor().copy()?));
+    let copy = |(name, var): (&String, &Var)| {
+        Ok((name.clone(), var.as_detached_tensor().force_contiguous()?))
+    };
     parameters.iter().map(copy).collect()
 }
 
@@ -343,7 +346,7 @@ mod tests {
             let saved: BTreeMap<String, Tensor> = optimizer
                 .tensors(&straight)
                 .into_iter()
-                .map(|(name, tensor)| (name, tensor.copy().unwrap()))
+                .map(|(name, tensor)| (name, tensor.force_contiguous().unwrap()))
                 .collect();
             step(&optimizer, &straight, 2, weight_ema);
 

@@ -1,6 +1,7 @@
 //! Product quantization (Jégou et al. 2011, "Product Quantization for Nearest Neighbor Search").
 
 use candle_core::{D, Tensor};
+use vq_ops::StepNumber;
 
 use super::{CodebookReport, CodebookUpdate, Quantized, Quantizer, VectorQuantizer, rows};
 use crate::part::Builder;
@@ -42,6 +43,18 @@ impl ProductQuantizer {
         }
         let part = |group: usize| Ok(z.narrow(D::Minus1, group * width, width)?);
         (0..self.parts.len()).map(part).collect()
+    }
+
+    /// What each part was given in a step, `[N,D/G]`, and the codes `[N]` that it chose.
+    fn assigned(
+        &self,
+        z_e: &Tensor,
+        codes: &Tensor,
+    ) -> Result<Vec<(&VectorQuantizer, Tensor, Tensor)>> {
+        let z_e = self.split(&rows(&self.name, z_e, self.dim)?)?;
+        let codes = split_codes(&self.name, codes, self.parts.len(), self.parts.len())?;
+        let parts = self.parts.iter().zip(z_e).zip(codes);
+        Ok(parts.map(|((part, z_e), codes)| (part, z_e, codes)).collect())
     }
 }
 
@@ -110,11 +123,6 @@ impl Quantizer for ProductQuantizer {
         all_initialized(&self.parts)
     }
 
-    /// Its update is that of its parts, as a whole.
-    fn repeats(&self) -> bool {
-        false
-    }
-
     fn update(
         &self,
         z_e: &Tensor,
@@ -122,13 +130,30 @@ impl Quantizer for ProductQuantizer {
         options: &CodebookUpdate,
         step: u64,
     ) -> Result<Vec<CodebookReport>> {
-        let z = rows(&self.name, z_e, self.dim)?;
-        let columns = split_codes(&self.name, codes, self.parts.len(), self.parts.len())?;
         let mut reports = Vec::new();
-        for ((part, z), codes) in self.parts.iter().zip(self.split(&z)?).zip(columns) {
-            reports.extend(part.update(&z, &codes, options, step)?);
+        for (part, z_e, codes) in self.assigned(z_e, codes)? {
+            reports.extend(part.update(&z_e, &codes, options, step)?);
         }
         Ok(reports)
+    }
+
+    fn follow(&self, z_e: &Tensor, codes: &Tensor, step: StepNumber<'_>) -> Result<()> {
+        let mut parts = self.assigned(z_e, codes)?.into_iter();
+        parts.try_for_each(|(part, z_e, codes)| part.follow(&z_e, &codes, step))
+    }
+
+    fn revive(
+        &self,
+        z_e: &Tensor,
+        options: &CodebookUpdate,
+        step: u64,
+    ) -> Result<Vec<(Option<String>, Vec<usize>)>> {
+        let z_e = rows(&self.name, z_e, self.dim)?;
+        let mut revived = Vec::new();
+        for (part, z_e) in self.parts.iter().zip(self.split(&z_e)?) {
+            revived.extend(part.revive(&z_e, options, step)?);
+        }
+        Ok(revived)
     }
 }
 

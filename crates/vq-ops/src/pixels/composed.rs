@@ -66,7 +66,7 @@ fn logistic(params: &Tensor, pixels: &Tensor, mixtures: usize) -> Result<Tensor>
         let width = (&t * 2.0)?.div(&t.affine(1.0, 1.0)?)?.log()?;
         let (low, high) = (log_sigmoid(&p)?, log_sigmoid(&q.neg()?)?);
         let between = ((&low + &high)? + width)?;
-        let pixel = pixels.narrow(1, channel, 1)?.broadcast_as(p.shape())?.contiguous()?;
+        let pixel = pixels.narrow(1, channel, 1)?.broadcast_as(p.shape())?;
         let mass = pixel.eq(255u8)?.where_cond(&high, &between)?;
         terms = (terms + pixel.eq(0u8)?.where_cond(&low, &mass)?)?;
     }

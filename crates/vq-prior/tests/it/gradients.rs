@@ -23,7 +23,7 @@ fn the_gradient_of_every_parameter_agrees_with_finite_differences() {
             let norm: f64 =
                 gradient.sqr().unwrap().sum_all().unwrap().to_scalar::<f32>().unwrap().into();
             let norm = norm.sqrt();
-            let before: Tensor = var.as_tensor().copy().unwrap();
+            let before: Tensor = var.as_tensor().force_contiguous().unwrap();
             // Steps of this length change the loss by far more than it is rounded by, and curve it little.
             let step = 0.005;
             let at = |signed: f64| {
