@@ -73,8 +73,8 @@ impl DataArgs {
         }
     }
 
-    /// Lays the flags that were given over `data`.
-    pub(crate) fn apply(&self, data: &mut DataConfig) {
+    /// Lays the flags that were given over `data`; an error where one has no meaning there.
+    pub(crate) fn apply(&self, data: &mut DataConfig) -> Result<()> {
         if let Some(source) = &self.data {
             data.source = source.clone();
         }
@@ -82,6 +82,12 @@ impl DataArgs {
             data.dir.clone_from(dir);
         }
         if let Some(count) = self.train_count {
+            if let Source::Cifar10(_) | Source::Folder(_) = data.source {
+                return Err(Error::other(format!(
+                    "--train-count is for the built-in shapes, and the data are {}: leave it out",
+                    data.source
+                )));
+            }
             data.train_count = count as usize;
         }
         if let Some(on_broken) = self.on_broken {
@@ -90,6 +96,7 @@ impl DataArgs {
                 OnBrokenArg::Refuse => OnBroken::Refuse,
             };
         }
+        Ok(())
     }
 }
 
@@ -131,7 +138,7 @@ pub(crate) fn open_for(
     format: LogFormat,
 ) -> Result<Splits> {
     let mut data = trained_on(folder)?.unwrap_or_default();
-    args.apply(&mut data);
+    args.apply(&mut data)?;
     open(&data, model.config().image_size, format)
 }
 

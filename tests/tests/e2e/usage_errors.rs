@@ -106,6 +106,17 @@ fn wrong_usage_is_explained() {
 }
 
 #[test]
+fn a_number_of_shapes_is_refused_for_other_images() {
+    let folder = tempfile::tempdir().unwrap();
+    for source in ["cifar10", "folder:pictures"] {
+        let data = format!("--data={source}");
+        let args = ["train", "--out=run", "--train-count=100", &data];
+        fail(folder.path(), args, &["--train-count", "built-in shapes", source]);
+    }
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[test]
 fn there_is_nothing_to_resume_or_to_load() {
     let folder = tempfile::tempdir().unwrap();
     fail(folder.path(), ["train", "--resume", "--out=run"], &["run", "config.toml", "--resume"]);

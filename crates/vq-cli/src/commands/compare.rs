@@ -133,7 +133,7 @@ impl CompareArgs {
         let train = &mut recipe.train;
         self.recipe.apply(&mut train.epochs, &mut train.batch_size, &mut train.lr);
         train.precision = self.compute.precision.unwrap_or(train.precision);
-        self.data.apply(&mut recipe.data);
+        self.data.apply(&mut recipe.data)?;
         Ok(recipe)
     }
 }

@@ -93,7 +93,7 @@ impl TrainArgs {
         self.recipe.apply(&mut train.epochs, &mut train.batch_size, &mut train.lr);
         self.run.apply(&mut train.seed);
         train.precision = self.compute.precision.unwrap_or(train.precision);
-        self.data.apply(&mut recipe.data);
+        self.data.apply(&mut recipe.data)?;
         Ok(recipe)
     }
 }
