@@ -63,7 +63,7 @@ pub struct Options {
     /// Epochs of its prior
     #[arg(long, default_value_t = 3)]
     prior_epochs: usize,
-    /// Write the report as JSON, and the whole runs, into this folder
+    /// Write the report as JSON into this folder, and the whole runs, which otherwise go to gpu-check
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
 }

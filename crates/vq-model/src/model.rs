@@ -403,18 +403,20 @@ impl VqVae {
                 level.encoder.features(&input, tracked)?
             });
         }
+        drop(images);
         // Top first until the end.
         let mut results: Vec<T> = Vec::new();
         // From this level up, those that are known.
         let mut maps: Vec<FeatureMap> = Vec::new();
-        for (index, (level, features)) in self.levels.iter().zip(&features).enumerate().rev() {
+        for (index, level) in self.levels.iter().enumerate().rev() {
+            let Some(own) = features.pop() else { break };
             let z_e = match (&level.projection, self.levels.get(index + 1)) {
                 (Some(projection), Some(above)) => {
                     let decoded =
                         above.decoder.features(&self.repeated(index + 1, &maps), tracked)?;
-                    projection.forward(&[(features, 1), (&decoded, 1)], tracked)?
+                    projection.forward(&[(&own, 1), (&decoded, 1)], tracked)?
                 }
-                _ => features.tensor()?,
+                _ => own.tensor()?,
             };
             let (z_q, result) = quantize(level.quantizer.as_ref(), &z_e).map_err(|error| {
                 if is_finite(&z_e) { error } else { Error::Diverged { level: index } }

@@ -8,7 +8,7 @@
 mod common;
 
 use candle_core::{Tensor, Var};
-use common::{images, model, scalar, small, small_with, two_levels, uniform, values};
+use common::{images, model, scalar, small, small_with, three_levels, two_levels, uniform, values};
 use vq_model::{CodebookRule, Config, GradientEstimator, VqVae, rotation, straight_through};
 
 const RULES: [CodebookRule; 2] = [CodebookRule::Gradient, CodebookRule::Ema];
@@ -165,12 +165,13 @@ fn rotation_is_finite_for_zero_vectors_and_opposite_codes() {
 
 #[test]
 fn finite_differences_agree_for_every_kind_of_parameter() {
-    for config in [small(), two_levels()] {
+    for config in [small(), two_levels(), three_levels()] {
         let (model, images) = (model(&config, 4), images(&config, 8, 1));
         for (index, name) in model.parameters().keys().enumerate() {
             // In a VQ-VAE-2 these also move another level's codes, through an estimator; the golden
             // test compares them.
-            let estimated = ["levels.0.encoder", "levels.1.encoder", "levels.1.projection"];
+            let estimated =
+                ["levels.0.encoder", "levels.1.encoder", "levels.1.projection", "levels.2"];
             if config.levels.len() == 1 || !estimated.iter().any(|part| name.starts_with(part)) {
                 check_direction(&model, &images, name, index as u64);
             }

@@ -57,7 +57,7 @@ pub struct ConvTranspose2d {
     pub stride: usize,
     /// Pixels cut from every side of the full output.
     pub padding: usize,
-    /// Pixels added at the bottom and right of the output; less than `stride`.
+    /// Pixels added at the bottom and right of the output; less than the larger of `stride` and `dilation`.
     pub output_padding: usize,
     /// Distance between neighbouring kernel taps, in pixels.
     pub dilation: usize,

@@ -29,7 +29,11 @@ pub fn open_cuda(number: usize) -> Result<Device> {
 
 /// Opens the Metal device. An error where there is none: candle panics there.
 pub fn open_metal() -> Result<Device> {
-    open(|_| "there is no Metal device".to_owned(), || Device::new_metal(0))
+    let why = |said: Option<&str>| match said {
+        Some(said) => format!("there is no Metal device ({said})"),
+        None => "there is no Metal device".to_owned(),
+    };
+    open(why, || Device::new_metal(0))
 }
 
 /// What `work` opens; where it panics, an error: `why`, given what the panic says.

@@ -22,6 +22,7 @@ enum Form {
 }
 
 impl From<Tensor> for FeatureMap {
+    /// Of a tensor `[B, H, W, C]`; what takes a map refuses others.
     fn from(map: Tensor) -> Self {
         Self(Form::InGraph(map))
     }
@@ -87,7 +88,8 @@ pub(crate) struct Beside {
     pub(crate) gradient: Collected,
 }
 
-/// The sum of the gradients that the uses of a map have left for it, in its format.
+/// The sum of the gradients that the uses of a map have left for it, in its format. A backward pass that fails midway
+/// leaves some of it: the same graph is of no use after that.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Collected(Arc<Mutex<Option<Tensor>>>);
 
@@ -152,8 +154,11 @@ pub(crate) fn cpu_storage(x: &Tensor) -> Result<(CpuStorage, Shape)> {
     use candle_core::backend::BackendStorage;
     let (storage, layout) = x.storage_and_layout();
     match &*storage {
-        Storage::Cpu(storage) => Ok((storage.try_clone(layout)?, layout.shape().clone())),
-        _ => bail!("a feature map is on another device"),
+        // `try_clone` would copy more than a view.
+        Storage::Cpu(storage) => {
+            Ok((storage.to_dtype(layout, storage.dtype())?, layout.shape().clone()))
+        }
+        _ => bail!("a tensor is on another device"),
     }
 }
 

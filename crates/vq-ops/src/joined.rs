@@ -10,7 +10,7 @@ use crate::repeat::{add_pixels, repeat_pixels};
 
 /// One of the maps that a stack takes side by side.
 pub(crate) struct Source {
-    /// `[B, h, w, ≥ C]`, detached.
+    /// `[B, h, w, ≥ C]`, with zeros beyond the channels; detached.
     pub(crate) values: Tensor,
     /// C, of which more may be there.
     pub(crate) channels: usize,
@@ -144,6 +144,9 @@ pub(crate) fn joined_dims(inputs: &[(&FeatureMap, usize)]) -> Result<[usize; 4]>
     let mut all: Option<[usize; 4]> = None;
     for (map, times) in inputs {
         let (b, h, w, c) = map.dims4()?;
+        if *times == 0 {
+            bail!("each pixel of a map counts at least once");
+        }
         let dims = [b, h * times, w * times, c];
         all = match all {
             None => Some(dims),
@@ -272,6 +275,54 @@ mod tests {
         }
     }
 
+    /// Maps of few channels, which the first convolution takes as windows: one map beside the graph alone, then twice
+    /// beside a tensor; and one that is used outside of what is descended on.
+    #[test]
+    fn windows_are_taken_of_maps_too() {
+        let conv = |in_channels, out_channels, kernel, stride| {
+            let padding = usize::from(kernel > 1);
+            let config = Conv2d { stride, padding, ..Conv2d::default() };
+            Layer::Conv2d { in_channels, out_channels, kernel, config }
+        };
+        let layers = [conv(3, 2, 3, 1), conv(2, 8, 4, 2), conv(2 + 2 + 3, 5, 4, 2)];
+        let params: Vec<[Var; 2]> = layers
+            .iter()
+            .zip(1u64..)
+            .map(|(layer, stack)| {
+                let shapes: Vec<_> = layer.parameters().into_iter().map(|(_, s)| s).collect();
+                [noise(&shapes[0], 10 * stack), noise(&shapes[1], 10 * stack + 1)]
+            })
+            .collect();
+        let x = noise(&[2, 6, 8, 3], 1);
+        let run = |precision| {
+            let forward = |i: usize, maps: &[(&FeatureMap, usize)]| {
+                let mut stack = Stack::new(vec![layers[i].clone()]).unwrap();
+                stack.set_precision(precision);
+                let params = params[i].each_ref().map(|var| var.as_tensor().clone());
+                stack.forward_map(maps, &params).unwrap()
+            };
+            let image = FeatureMap::from(x.as_tensor().clone());
+            let features = forward(0, &[(&image, 1)]);
+            let alone = forward(1, &[(&features, 1)]).tensor().unwrap();
+            let twice = forward(2, &[(&features, 1), (&features, 1), (&image, 1)]);
+            let _unused = forward(1, &[(&features, 1)]);
+            let twice = twice.tensor().unwrap().sum_all().unwrap();
+            let loss = (alone.sum_all().unwrap() + twice).unwrap();
+            let store = loss.backward().unwrap();
+            let vars = params.iter().flatten().chain([&x]);
+            vars.map(|var| values(store.get(var).unwrap())).collect::<Vec<_>>()
+        };
+        for (precision, allowed) in [(Precision::F32, 1e-5), (Precision::Bf16, 0.03)] {
+            let exact = only_composed(|| run(Precision::F32));
+            let ours = only_primitives(|| run(precision));
+            for (ours, exact) in ours.iter().zip(&exact) {
+                let error: f32 = ours.iter().zip(exact).map(|(a, b)| (a - b).powi(2)).sum();
+                let size: f32 = exact.iter().map(|v| v * v).sum();
+                assert!((error / size).sqrt() < allowed, "{}", (error / size).sqrt());
+            }
+        }
+    }
+
     #[test]
     fn a_second_backward_pass_gives_the_same() {
         let network = Network::new(5, Precision::Bf16);
@@ -318,5 +369,6 @@ mod tests {
         };
         assert!(is_refused(&[(&x, 1), (&small, 1)], "[2, 6, 8, 3] and [2, 3, 4, 2]"));
         assert!(is_refused(&[], "at least one map"));
+        assert!(is_refused(&[(&x, 0)], "at least once"));
     }
 }

@@ -18,7 +18,8 @@ pub enum Precision {
     /// f32, forward and backward. On x86-64 by AMX or AVX512-BF16 where the CPU has them; emulated
     /// elsewhere, with the same results but for rounding, and slower than f32. Numbers below f32's
     /// normal range (10⁻³⁸) may count as zero. On CUDA by its tensor cores, and there what lies between the
-    /// layers of a [`Stack`](crate::Stack) is bfloat16 too, with its gradients.
+    /// layers of a [`Stack`](crate::Stack), and between stacks as a [`FeatureMap`](crate::FeatureMap), is bfloat16
+    /// too, with its gradients.
     Bf16,
 }
 

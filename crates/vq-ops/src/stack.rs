@@ -207,7 +207,9 @@ impl Stack {
     }
 
     /// [`Stack::forward`] on maps side by side, each pixel repeated the given number of times in both directions:
-    /// `[Bᵢ, Hᵢ, Wᵢ, Cᵢ]` and nᵢ with equal Bᵢ, Hᵢ·nᵢ and Wᵢ·nᵢ, as `x` `[B, H, W, ΣCᵢ]`.
+    /// `[Bᵢ, Hᵢ, Wᵢ, Cᵢ]` and nᵢ ≥ 1 with equal Bᵢ, Hᵢ·nᵢ and Wᵢ·nᵢ, as `x` `[B, H, W, ΣCᵢ]`, to `[B, H', W', Cout]`.
+    /// Differentiable in all maps and in `params`. An error without a map, where sizes differ, and where `params` do
+    /// not fit.
     pub fn forward_joined(&self, x: &[(&FeatureMap, usize)], params: &[Tensor]) -> Result<Tensor> {
         self.run_joined(x, params, false)?.tensor()
     }

@@ -7,11 +7,12 @@ use std::time::Instant;
 use super::Options;
 use super::report::{Report, Run, say};
 
-/// What each command is called in the report, and the command; `$OUT` is the folder of all runs.
+/// What each command is called in the report, and the command, whose words hold no spaces; `$DATA` is the source of
+/// the images and `$OUT` the folder of all runs.
 fn commands(options: &Options) -> Vec<(&'static str, String)> {
-    let (data, device) = (options.data.as_deref().unwrap_or_default(), &options.device);
-    let train = format!("train --data {data} --device {device}");
-    let encode = format!("encode --data {data} --device {device} --dataset train");
+    let device = &options.device;
+    let train = format!("train --data $DATA --device {device} --overwrite");
+    let encode = format!("encode --data $DATA --device {device} --dataset train");
     let prior = "--model $OUT/likelihood --prior $OUT/prior";
     let (epochs, likelihood) = (options.epochs, options.likelihood_epochs);
     vec![
@@ -32,14 +33,14 @@ fn commands(options: &Options) -> Vec<(&'static str, String)> {
         (
             "their prior",
             format!(
-                "train-prior --device {device} --model $OUT/likelihood --codes $OUT/codes --epochs {} \
+                "train-prior --device {device} --overwrite --model $OUT/likelihood --codes $OUT/codes --epochs {} \
                  --out $OUT/prior",
                 options.prior_epochs
             ),
         ),
         (
             "bits per dimension",
-            format!("eval --data {data} --device {device} --bits-per-dim {prior}"),
+            format!("eval --data $DATA --device {device} --bits-per-dim {prior}"),
         ),
     ]
 }
@@ -50,7 +51,8 @@ pub(super) fn run(options: &Options, report: &mut Report) {
     let program = program(options);
     for (name, command) in commands(options) {
         let start = Instant::now();
-        let said = run_one(&program, &folder, name, &command);
+        let data = options.data.as_deref().unwrap_or_default();
+        let said = run_one(&program, (&folder, data), name, &command);
         report.run(Run { name, seconds: start.elapsed().as_secs_f64(), said });
     }
     say(&format!("\nPictures, curves and logs: {}", folder.display()));
@@ -63,11 +65,16 @@ fn program(options: &Options) -> PathBuf {
 }
 
 /// What it said at last: of a run that learned its final figures, of an evaluation all.
-fn run_one(program: &Path, folder: &Path, name: &str, command: &str) -> Result<String, String> {
+fn run_one(
+    program: &Path,
+    (folder, data): (&Path, &str),
+    name: &str,
+    command: &str,
+) -> Result<String, String> {
     std::fs::create_dir_all(folder).map_err(|error| format!("{}: {error}", folder.display()))?;
-    // Words of a command hold no spaces, but folders may.
     let words = command.split(' ').map(|word| match word.strip_prefix("$OUT/") {
         Some(part) => folder.join(part).into_os_string(),
+        None if word == "$DATA" => data.into(),
         None => word.into(),
     });
     let output = Command::new(program)
@@ -97,12 +104,15 @@ mod tests {
     fn a_command_is_run_and_its_last_words_are_kept() {
         let folder = tempfile::tempdir().unwrap();
         let here = folder.path().join("two words");
-        let echo = Path::new("echo");
-        let said = run_one(echo, &here, "a, b", "train --out $OUT/run").unwrap();
-        assert_eq!(said, format!("train --out {}", here.join("run").display()));
+        let of = |program: &str, name: &str, command: &str| {
+            run_one(Path::new(program), (&here, "cifar10:my data"), name, command)
+        };
+        let said = of("echo", "a, b", "train --data $DATA --out $OUT/run").unwrap();
+        let run = here.join("run");
+        assert_eq!(said, format!("train --data cifar10:my data --out {}", run.display()));
         assert!(here.join("a--b.log").exists());
-        let failed = run_one(Path::new("false"), &here, "c", "train").unwrap_err();
+        let failed = of("false", "c", "train").unwrap_err();
         assert!(failed.contains("exit status: 1"), "{failed}");
-        assert!(run_one(Path::new("/nowhere"), &here, "d", "train").is_err());
+        assert!(of("/nowhere", "d", "train").is_err());
     }
 }

@@ -23,6 +23,8 @@ const BATCH: usize = 32;
 enum Model {
     OneLevel,
     TwoLevels,
+    /// Of four codes at each position, side by side, and a decoder with a likelihood.
+    Likelihood,
 }
 
 impl Model {
@@ -30,6 +32,7 @@ impl Model {
         match self {
             Self::OneLevel => "one level",
             Self::TwoLevels => "two levels",
+            Self::Likelihood => "a likelihood",
         }
     }
 
@@ -40,13 +43,17 @@ impl Model {
                 let text = include_str!("../../../configs/cifar10-hierarchical.toml");
                 Recipe::from_toml(text, "cifar10-hierarchical")
             }
+            Self::Likelihood => {
+                let text = include_str!("../../../configs/cifar10-likelihood.toml");
+                Recipe::from_toml(text, "cifar10-likelihood")
+            }
         }
     }
 }
 
 pub(super) fn check(device: &Device, report: &mut Report) {
     vq_ops::set_strict_f32(true);
-    for model in [Model::OneLevel, Model::TwoLevels] {
+    for model in [Model::OneLevel, Model::TwoLevels, Model::Likelihood] {
         let name = model.name();
         let found = beside_the_cpu(model, device).map_err(text);
         report.check(&format!("{name}: 40 steps beside the CPU's"), found);
@@ -156,6 +163,7 @@ fn trainer(
     for level in &mut recipe.model.levels {
         (level.hidden, level.residual_hidden) = (32, 8);
         (level.quantizer.codebook_size, level.quantizer.dim) = (32, 16);
+        level.quantizer.groups = level.quantizer.groups.min(4);
     }
     recipe.train.precision = precision;
     recipe.train.epochs = epochs;

@@ -45,7 +45,7 @@ impl ProductQuantizer {
         (0..self.parts.len()).map(part).collect()
     }
 
-    /// What each part was given in a step, `[N,D/G]`, and the codes `[N]` that it chose.
+    /// What each part was given in a step, `[N,D/G]`, and the codes `[…]` that it chose.
     fn assigned(
         &self,
         z_e: &Tensor,

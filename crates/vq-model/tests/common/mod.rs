@@ -40,6 +40,15 @@ pub fn two_levels() -> Config {
     config
 }
 
+/// 8×8 images, 4×4 codes below 2×2 codes below one.
+pub fn three_levels() -> Config {
+    let mut config = two_levels();
+    let mut top = config.levels[1].clone();
+    top.quantizer.dim = 5;
+    config.levels.push(top);
+    config
+}
+
 /// Every combination of rule, estimator and metric, and two levels.
 pub fn all_kinds() -> Vec<Config> {
     let mut configs = vec![two_levels()];

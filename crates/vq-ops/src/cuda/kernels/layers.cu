@@ -253,7 +253,8 @@ template <typename F, typename T, int N> __device__ void join_map(const F* from,
         Group<F, N> values = *(const Group<F, N>*)(from + source * p.own + c);
         Group<T, N> placed;
         for (int j = 0; j < N; j++) placed.at[j] = from_float<T>(to_float(values.at[j]));
-        *(Group<T, N>*)(to + pixel * p.all + p.first + c) = placed;
+        // Counted in groups, or nvcc would not see that it can store one at once.
+        ((Group<T, N>*)to)[(pixel * p.all + p.first + c) / N] = placed;
     }
 }
 
