@@ -519,7 +519,8 @@ impl CustomOp2 for DeviceStack {
         _: &candle_core::CudaStorage,
         _: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
-        use crate::cuda::layers::{folded, left};
+        use crate::cuda::layers::left;
+        use crate::cuda::windows::folded;
         match (&self.of_output, &self.ends.last) {
             (Some(_), _) => crate::feature_map::place_on_cuda(&x.device),
             (None, Some((geometry, bias))) => folded(&self.output, geometry, Some(bias)),

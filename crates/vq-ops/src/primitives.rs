@@ -58,7 +58,7 @@ pub(crate) fn pack_weights(
 ) -> Result<Vec<Tensor>> {
     #[cfg(feature = "cuda")]
     if weights.first().is_some_and(|(first, _)| on_cuda(first.device())) {
-        return crate::cuda::layers::pack_weights(weights, dtype);
+        return crate::cuda::weights::pack_weights(weights, dtype);
     }
     let pack = |(weight, (outer, inner)): &(Tensor, (usize, usize))| {
         let weight = weight.pad_with_zeros(0, 0, outer - weight.dim(0)?)?;
@@ -74,7 +74,7 @@ pub(crate) fn unpack_gradients(gradients: &[Gradient]) -> Result<Tensor> {
     if let Some(Gradient::Packed(first, _) | Gradient::Plain(first, _)) = gradients.first()
         && on_cuda(first.device())
     {
-        return crate::cuda::layers::unpack_gradients(gradients);
+        return crate::cuda::weights::unpack_gradients(gradients);
     }
     let flat = gradients.iter().map(|gradient| match gradient {
         Gradient::Packed(weight, [outer, inner, ..]) => {
@@ -116,7 +116,7 @@ pub(crate) fn leave(y: &Tensor, channels: usize) -> Result<Tensor> {
 pub(crate) fn unfold(x: &Tensor, geometry: &Geometry, dtype: DType) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if on_cuda(x.device()) {
-        return crate::cuda::layers::unfold(x, geometry, dtype);
+        return crate::cuda::windows::unfold(x, geometry, dtype);
     }
     let Geometry { small, large, .. } = *geometry;
     let values = x.flatten_all()?.to_vec1::<f32>()?;
@@ -131,7 +131,7 @@ pub(crate) fn unfold(x: &Tensor, geometry: &Geometry, dtype: DType) -> Result<Te
 pub(crate) fn fold(y: &Tensor, geometry: &Geometry, bias: Option<&Tensor>) -> Result<Tensor> {
     #[cfg(feature = "cuda")]
     if on_cuda(y.device()) {
-        return crate::cuda::layers::fold(y, geometry, bias);
+        return crate::cuda::windows::fold(y, geometry, bias);
     }
     let large = geometry.large;
     let windows = y.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;

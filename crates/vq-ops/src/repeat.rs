@@ -70,7 +70,7 @@ impl CustomOp1 for Repeat {
         let n = self.times;
         // The small size.
         let (h, w) = if self.back { (h / n, w / n) } else { (h, w) };
-        let to = crate::cuda::layers::repeat_pixels(x, layout, [b, h, w, c], n, self.back)?;
+        let to = crate::cuda::joined::repeat_pixels(x, layout, [b, h, w, c], n, self.back)?;
         let shape = if self.back { (b, h, w, c) } else { (b, h * n, w * n, c) };
         Ok((to, shape.into()))
     }

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -207,22 +208,21 @@ fn with_state<R>(
     work: impl FnOnce(&mut State) -> Result<R>,
 ) -> Result<R> {
     STATES.with_borrow_mut(|states| {
-        let key = (device.id(), queue);
-        if !states.contains_key(&key) {
-            let main = device.cuda_stream();
-            let stream = match queue {
-                Queue::Main => main,
-                Queue::Aside => main.context().new_stream().w()?,
-            };
-            let cudnn = Cudnn::new(stream.clone())
-                .map_err(|error| Error::Msg(format!("cuDNN does not open: {error}")))?;
-            let (f32, bf16) = (HashMap::new(), HashMap::new());
-            states.insert(key, State { stream, cudnn, f32, bf16, workspace: None });
-        }
-        match states.get_mut(&key) {
-            Some(state) => work(state),
-            None => bail!("no cuDNN handle"),
-        }
+        let state = match states.entry((device.id(), queue)) {
+            Entry::Occupied(known) => known.into_mut(),
+            Entry::Vacant(place) => {
+                let main = device.cuda_stream();
+                let stream = match queue {
+                    Queue::Main => main,
+                    Queue::Aside => main.context().new_stream().w()?,
+                };
+                let cudnn = Cudnn::new(stream.clone())
+                    .map_err(|error| Error::Msg(format!("cuDNN does not open: {error}")))?;
+                let (f32, bf16) = (HashMap::new(), HashMap::new());
+                place.insert(State { stream, cudnn, f32, bf16, workspace: None })
+            }
+        };
+        work(state)
     })
 }
 

@@ -1,9 +1,9 @@
 //! Maps side by side, and their parts of a gradient.
 
 use candle_core::cuda::cudarc::driver::{DeviceRepr, PushKernelArg};
-use candle_core::{CudaDevice, CudaStorage, D, DType, Result, Tensor, bail};
+use candle_core::{CudaDevice, CudaStorage, D, DType, Layout, Result, Tensor, bail};
 
-use super::{Element, address, cuda_device, launch, per_element, tensor};
+use super::{Element, address, cuda_device, launch, per_element, tensor, view};
 use crate::joined::Source;
 
 /// Elements that are read and written at once, where all lie on their multiples.
@@ -130,6 +130,42 @@ fn part_as<F: Element, T: Element>(source: &Source, grad: &Tensor, first: usize)
     let name = name::<F, T>("map_part", is_grouped);
     launch!(&device, &name, per_element(count), &from, &address, &n, &place);
     Ok(to)
+}
+
+/// f32 `[B, h, w, C]` to `[B, h·n, w·n, C]` by repetition, or back by sums; the sizes are the small ones.
+pub(crate) fn repeat_pixels(
+    x: &CudaStorage,
+    layout: &Layout,
+    [batch, height, width, channels]: [usize; 4],
+    times: usize,
+    back: bool,
+) -> Result<CudaStorage> {
+    let from = view::<f32>(x, layout)?;
+    let small = batch * height * width * channels;
+    let large = small * times * times;
+    let (count, expected) = if back { (small, large) } else { (large, small) };
+    if from.len() != expected {
+        bail!("{} elements are not {expected}", from.len());
+    }
+    // SAFETY: the kernels write every element.
+    #[allow(unsafe_code)]
+    let to = unsafe { x.device.alloc::<f32>(count) }?;
+    let c = channels as u32;
+    let place = Place {
+        height: height as u32,
+        width: width as u32,
+        times: times as u32,
+        channels: c,
+        own: c,
+        first: 0,
+        all: c,
+    };
+    let is_grouped = [channels, layout.start_offset()].iter().all(|n| n.is_multiple_of(GROUP));
+    let name = name::<f32, f32>(if back { "map_part" } else { "join_map" }, is_grouped);
+    let count = if is_grouped { count / GROUP } else { count };
+    let n = count as u64;
+    launch!(&x.device, &name, per_element(count), &from, &to, &n, &place);
+    Ok(CudaStorage::wrap_cuda_slice(to, x.device.clone()))
 }
 
 fn name<F: Element, T: Element>(name: &str, is_grouped: bool) -> String {

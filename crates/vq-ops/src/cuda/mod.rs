@@ -7,6 +7,8 @@ pub(crate) mod joined;
 pub(crate) mod layers;
 pub(crate) mod recording;
 pub(crate) mod training;
+pub(crate) mod weights;
+pub(crate) mod windows;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};

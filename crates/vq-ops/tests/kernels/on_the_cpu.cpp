@@ -238,21 +238,6 @@ static void axes() {
                 check(to[(b * columns + c) * rows + r] == from[(b * rows + r) * columns + c], "swap_axes");
 }
 
-static void repeats() {
-    const u32 batch = 2, height = 3, width = 2, channels = 5, times = 2;
-    auto x = noise(batch * height * width * channels);
-    std::vector<float> large(x.size() * 4), back(x.size());
-    launch({2, 1, 1}, 32, [&] { repeat_pixels(x.data(), large.data(), large.size(), height, width, channels, times); });
-    launch({2, 1, 1}, 32, [&] { add_pixels(large.data(), back.data(), back.size(), height, width, channels, times); });
-    for (u32 b = 0; b < batch; b++)
-        for (u32 y = 0; y < height * times; y++)
-            for (u32 q = 0; q < width * times; q++)
-                for (u32 c = 0; c < channels; c++)
-                    check(large[((b * height * times + y) * width * times + q) * channels + c] ==
-                              x[((b * height + y / times) * width + q / times) * channels + c], "repeat_pixels");
-    for (size_t i = 0; i < x.size(); i++) check(near(back[i], 4 * x[i], 1e-5), "add_pixels");
-}
-
 // Two maps side by side, the second's pixels twice in both directions, in pixels of `all`.
 template <typename F, typename T, int N> static void joining(u32 channels, u32 own, u32 other, u32 all) {
     const u32 batch = 2, height = 4, width = 6;
@@ -480,7 +465,6 @@ int main() {
     sums<float, 4>(100, 64, 3); sums<bf16, 8>(300, 128, 5); sums<bf16, 8>(9, 2056, 2);
     folding<float, 4>(3, 4, 2, 1); folding<bf16, 8>(3, 4, 2, 1); folding<float, 4>(1, 4, 4, 0); folding<float, 4>(4, 3, 1, 1);
     axes();
-    repeats();
     joining<float, float, 1>(3, 4, 2, 7); joining<bf16, bf16, 1>(5, 8, 1, 8); joining<float, bf16, 1>(3, 3, 5, 8);
     joining<bf16, float, 8>(16, 24, 8, 24); joining<bf16, bf16, 8>(8, 8, 16, 32); joining<float, bf16, 8>(8, 16, 8, 16);
     errors(1, 1); errors(1000, 3);

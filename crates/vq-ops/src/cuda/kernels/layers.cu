@@ -208,32 +208,6 @@ __device__ void sum_columns(const T* grad, const T* gate, const T* more, T* to, 
     }
 }
 
-// Each pixel of [batch][height][width][channels] as times × times of them; n elements of the result.
-extern "C" __global__ void repeat_pixels(const float* from, float* to, u64 n, u32 height, u32 width, u32 channels,
-                                         u32 times) {
-    for (u64 i = thread_number(); i < n; i += thread_count()) {
-        const u32 c = i % channels, x = i / channels % (width * times);
-        const u64 row = i / channels / (width * times);
-        const u64 image = row / (height * times);
-        const u32 y = row % (height * times);
-        to[i] = from[((image * height + y / times) * width + x / times) * channels + c];
-    }
-}
-
-// The other way: sums; n elements of the result.
-extern "C" __global__ void add_pixels(const float* from, float* to, u64 n, u32 height, u32 width, u32 channels,
-                                      u32 times) {
-    for (u64 i = thread_number(); i < n; i += thread_count()) {
-        const u32 c = i % channels, x = i / channels % width;
-        const u64 row = i / channels / width;
-        float sum = 0.f;
-        for (u32 dy = 0; dy < times; dy++)
-            for (u32 dx = 0; dx < times; dx++)
-                sum += from[((row * times + dy) * width * times + x * times + dx) * channels + c];
-        to[i] = sum;
-    }
-}
-
 // One of several maps side by side: each of its pixels, of `own` elements, counts times × times there, where its
 // `channels` start at `first` of a pixel's `all`.
 struct Place { u32 height, width, times, channels, own, first, all; };
