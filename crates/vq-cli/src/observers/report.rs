@@ -1,5 +1,6 @@
 //! The report of a training run: a progress bar, lines, or JSON.
 
+use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
 use std::time::Duration;
@@ -248,23 +249,46 @@ fn finished(ended: &RunEnded<'_>, run: &str, subject: Subject) -> String {
             format!(", best held-out {:.4} bits per code after epoch {}", -best.score, best.epoch)
         }
     });
+    let typed = typed(run);
     let next = match subject {
         Subject::Tokenizer => {
             format!(
-                "; look at {run}/epoch_{epoch}_recon.png, try: vq reconstruct --model {run} IMAGE"
+                "; look at {run}/epoch_{epoch}_recon.png, try: vq reconstruct --model {typed} IMAGE"
             )
         }
         Subject::Compared => String::new(),
         Subject::Prior => {
             format!(
-                "; look at {run}/epoch_{epoch}_samples.png, try: vq sample --prior {run} --model MODEL"
+                "; look at {run}/epoch_{epoch}_samples.png, try: vq sample --prior {typed} --model MODEL"
             )
         }
     };
     format!("done    {} steps{best}{next}", ended.step)
 }
 
+/// A path as it is typed in a shell.
+fn typed(path: &str) -> Cow<'_, str> {
+    let is_plain = |c: char| c.is_alphanumeric() || "/.,_-+:@%=~".contains(c);
+    if path.chars().all(is_plain) { path.into() } else { format!("'{path}'").into() }
+}
+
 /// One figure per level.
 fn joined(figures: impl Iterator<Item = String>) -> String {
     figures.collect::<Vec<_>>().join(" + ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_path_with_a_space_is_quoted_where_it_is_to_be_typed() {
+        for (path, expected) in [
+            ("results/größe-1", "results/größe-1"),
+            ("my runs/a", "'my runs/a'"),
+            ("~/$HOME(1)", "'~/$HOME(1)'"),
+        ] {
+            assert_eq!(typed(path), expected);
+        }
+    }
 }
