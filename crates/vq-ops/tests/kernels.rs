@@ -44,5 +44,28 @@ fn the_kernels_compile() {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return,
             Err(error) => panic!("nvcc: {error}"),
         }
+        check_groups(&std::fs::read_to_string(source.with_extension("ptx")).unwrap());
     }
+}
+
+/// What writes maps in groups must write each at once, and not element by element, as nvcc does where it cannot see
+/// that it may.
+fn check_groups(ptx: &str) {
+    let mut checked = 0;
+    for entry in ptx.split(".entry ").skip(1) {
+        let name = entry.split('(').next().unwrap_or_default();
+        let writes_maps = ["join_map", "map_part", "finish"].iter().any(|k| name.starts_with(k));
+        if !writes_maps || !name.ends_with("_grouped") {
+            continue;
+        }
+        let stores: Vec<&str> = entry
+            .lines()
+            .map(str::trim)
+            .filter(|line| line.contains("st.global"))
+            .filter(|line| !line.contains("st.global.v4"))
+            .collect();
+        assert!(stores.is_empty(), "{name}: {stores:?}");
+        checked += 1;
+    }
+    assert_eq!(checked, 10);
 }
