@@ -133,9 +133,9 @@ pub fn run(options: &Options) -> Result<String, Error> {
             say(&report.ratios());
         }
     }
-    if options.data.is_some() && does(Stage::Runs) {
+    if let Some(data) = options.data.as_deref().filter(|_| does(Stage::Runs)) {
         say("\n## Whole runs\n\nname                      seconds  what vq said at last");
-        runs::run(options, &mut report);
+        runs::run(options, data, &mut report);
     }
     say("");
     if let Some(folder) = &options.out {

@@ -46,12 +46,13 @@ pub(crate) fn run_joined(
     let packed = Packed::new(&steps, &detached, ends.dtype)?;
     let (output, tape) = forward(&steps, &ends, &x, &packed)?;
     let beside = beside && ends.last.is_none();
+    let map = beside.then(|| Beside::new(output.clone(), ends.channels));
     let tracked = params.iter().find(|param| param.track_op());
     if x.lead.is_none() && tracked.is_none() {
-        if beside {
-            return Ok(FeatureMap::beside(Beside::new(None, output, ends.channels)));
-        }
-        return ends.leave(&output).map(FeatureMap::from);
+        return match map {
+            Some(map) => Ok(FeatureMap::beside(map)),
+            None => ends.leave(&output).map(FeatureMap::from),
+        };
     }
     // The graph's second operand: all parameters side by side, or, where their gradients are delivered beside
     // the graph, any of them, for the operation's sake.
@@ -68,7 +69,6 @@ pub(crate) fn run_joined(
         Some(lead) => lead.clone(),
         None => x.any()?.detach(),
     };
-    let map = beside.then(|| Beside::new(None, output.clone(), ends.channels));
     let of_output = map.as_ref().map(|map| map.gradient.clone());
     let op = DeviceStack { steps, ends, x, params: detached, output, tape, delivery, of_output };
     let result = lead.apply_op2(&second, op)?;
@@ -572,26 +572,14 @@ mod tests {
     use candle_core::Var;
 
     use crate::dispatch::only_primitives;
+    use crate::testing::{noise, values};
     use crate::{Conv2d, ConvTranspose2d, Layer, Precision, Stack, conv_transpose2d, conv2d};
 
     use super::*;
 
-    fn noise(dims: &[usize], seed: f32) -> Var {
-        let n = dims.iter().product();
-        let mut state = 1 + seed as u64;
-        let values = (0..n)
-            .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695);
-                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.
-            })
-            .collect();
-        Var::from_vec(values, dims, &crate::test_device()).unwrap()
-    }
-
     /// Value and gradients.
     fn run(y: &Tensor, vars: &[Var]) -> Vec<Vec<f32>> {
-        let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
-        let weights = noise(y.dims(), 9.).as_detached_tensor();
+        let weights = noise(y.dims(), 9).as_detached_tensor();
         let gradients = (y * weights).unwrap().sum_all().unwrap().backward().unwrap();
         let of = vars.iter().map(|var| values(gradients.get(var).unwrap()));
         std::iter::once(values(y)).chain(of).collect()
@@ -639,11 +627,11 @@ mod tests {
                         .iter()
                         .flat_map(Layer::parameters)
                         .enumerate()
-                        .map(|(i, (_, shape))| noise(&shape, i as f32))
+                        .map(|(i, (_, shape))| noise(&shape, i as u64))
                         .collect();
                     let tensors: Vec<Tensor> =
                         params.iter().map(|var| var.as_tensor().clone()).collect();
-                    let x = noise(&size, 5.);
+                    let x = noise(&size, 5);
                     let vars = [std::slice::from_ref(&x), &params[..]].concat();
                     let exact = run(&stack.forward_layerwise(&x, &tensors).unwrap(), &vars);
                     stack.set_precision(precision);
@@ -667,7 +655,7 @@ mod tests {
 
     #[test]
     fn single_convolutions_agree_and_a_second_backward_pass_runs() {
-        let (x, w, b) = (noise(&[2, 5, 7, 3], 1.), noise(&[4, 3, 3, 3], 2.), noise(&[4], 3.));
+        let (x, w, b) = (noise(&[2, 5, 7, 3], 1), noise(&[4, 3, 3, 3], 2), noise(&[4], 3));
         let config = Conv2d { padding: 1, relu_input: true, ..Conv2d::default() };
         let run_conv = |bias: Option<&Tensor>| {
             let y = conv2d(&x, &w, bias, config).unwrap();
@@ -679,7 +667,7 @@ mod tests {
             assert_alike(&first, &run_conv(bias).0, 1e-5);
         }
         let config = ConvTranspose2d { stride: 2, output_padding: 1, ..Default::default() };
-        let w = noise(&[3, 4, 3, 3], 2.);
+        let w = noise(&[3, 4, 3, 3], 2);
         let up = || {
             let y = conv_transpose2d(&x, &w, Some(&b), config).unwrap();
             run(&y, &[x.clone(), w.clone(), b.clone()])
@@ -692,16 +680,15 @@ mod tests {
         for layers in stacks() {
             let size = [2, 6, 8, layers[0].in_channels()];
             let shapes = layers.iter().flat_map(Layer::parameters).enumerate();
-            let params: Vec<Var> = shapes.map(|(i, (_, shape))| noise(&shape, i as f32)).collect();
+            let params: Vec<Var> = shapes.map(|(i, (_, shape))| noise(&shape, i as u64)).collect();
             let tracked: Vec<Tensor> = params.iter().map(|var| var.as_tensor().clone()).collect();
             let still: Vec<Tensor> = params.iter().map(Var::as_detached_tensor).collect();
-            let x = noise(&size, 50.);
+            let x = noise(&size, 50);
             let gradients = |x: &Tensor, params: &[Tensor]| {
                 let stack = Stack::new(layers.clone()).unwrap();
                 let y = only_primitives(|| stack.forward(x, params).unwrap());
                 only_primitives(|| y.sqr().unwrap().sum_all().unwrap().backward().unwrap())
             };
-            let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             let all = gradients(&x, &tracked);
             let of_x = gradients(&x, &still);
             let of_params = gradients(&x.as_detached_tensor(), &tracked);

@@ -113,15 +113,16 @@ impl Collected {
 }
 
 impl Beside {
-    pub(crate) fn new(place: Option<Tensor>, values: Tensor, channels: usize) -> Self {
-        Self { place, values, channels, gradient: Collected::default() }
+    /// A map of which no gradient is asked.
+    pub(crate) fn new(values: Tensor, channels: usize) -> Self {
+        Self { place: None, values, channels, gradient: Collected::default() }
     }
 
     /// A tensor of the graph `[B, H, W, C]` f32, beside it.
     fn of(x: &Tensor) -> Result<Self> {
         let (_, _, _, channels) = x.dims4()?;
         let x = x.contiguous()?;
-        let map = Self::new(None, x.detach(), channels);
+        let map = Self::new(x.detach(), channels);
         let step_out = || x.apply_op1(StepOut(map.gradient.clone()));
         let place = x.track_op().then(step_out).transpose()?;
         Ok(Self { place, ..map })

@@ -163,21 +163,28 @@ mod tests {
 
     use super::*;
     use crate::dispatch::{only_composed, only_primitives};
+    use crate::testing::{noise, relative_error, values};
     use crate::{Conv2d, Gradients, Layer, Precision, Stack};
 
-    fn noise(dims: &[usize], seed: u64) -> Var {
-        let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
-        let values = (0..dims.iter().product())
-            .map(|_| {
-                state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695);
-                (state >> 40) as f32 / (1u64 << 23) as f32 - 1.
-            })
-            .collect();
-        Var::from_vec(values, dims, &crate::test_device()).unwrap()
+    #[track_caller]
+    fn assert_alike(ours: &[Vec<f32>], exact: &[Vec<f32>], allowed: f32) {
+        assert_eq!(ours.len(), exact.len());
+        for (ours, exact) in ours.iter().zip(exact) {
+            let error = relative_error(ours, exact);
+            assert!(error < allowed, "{error}");
+        }
     }
 
-    fn values(t: &Tensor) -> Vec<f32> {
-        t.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    fn conv(
+        in_channels: usize,
+        out_channels: usize,
+        kernel: usize,
+        stride: usize,
+        relu_input: bool,
+    ) -> Layer {
+        let padding = usize::from(kernel > 1);
+        let config = Conv2d { stride, padding, relu_input, ..Conv2d::default() };
+        Layer::Conv2d { in_channels, out_channels, kernel, config }
     }
 
     /// Two levels: features that one stack takes alone and another beside those of half the size and a tensor of
@@ -191,11 +198,6 @@ mod tests {
 
     impl Network {
         fn new(channels: usize, precision: Precision) -> Self {
-            let conv = |in_channels, out_channels, kernel, stride, relu_input| {
-                let padding = usize::from(kernel > 1);
-                let config = Conv2d { stride, padding, relu_input, ..Conv2d::default() };
-                Layer::Conv2d { in_channels, out_channels, kernel, config }
-            };
             let layers = [
                 vec![conv(3, channels, 3, 1, false)],
                 vec![conv(channels, 4, 4, 2, true), Layer::Residual { channels: 4, hidden: 2 }],
@@ -261,12 +263,7 @@ mod tests {
                 let exact = only_composed(|| network.run(false));
                 for beside in [false, true] {
                     let ours = only_primitives(|| network.run(beside));
-                    for (ours, exact) in ours.iter().zip(&exact) {
-                        assert_eq!(ours.len(), exact.len());
-                        let error: f32 = ours.iter().zip(exact).map(|(a, b)| (a - b).powi(2)).sum();
-                        let size: f32 = exact.iter().map(|v| v * v).sum();
-                        assert!((error / size).sqrt() < allowed, "{}", (error / size).sqrt());
-                    }
+                    assert_alike(&ours, &exact, allowed);
                 }
                 let still = only_primitives(|| network.loss(false));
                 assert!(!still.track_op());
@@ -279,12 +276,8 @@ mod tests {
     /// beside a tensor; and one that is used outside of what is descended on.
     #[test]
     fn windows_are_taken_of_maps_too() {
-        let conv = |in_channels, out_channels, kernel, stride| {
-            let padding = usize::from(kernel > 1);
-            let config = Conv2d { stride, padding, ..Conv2d::default() };
-            Layer::Conv2d { in_channels, out_channels, kernel, config }
-        };
-        let layers = [conv(3, 2, 3, 1), conv(2, 8, 4, 2), conv(2 + 2 + 3, 5, 4, 2)];
+        let layers =
+            [conv(3, 2, 3, 1, false), conv(2, 8, 4, 2, false), conv(2 + 2 + 3, 5, 4, 2, false)];
         let params: Vec<[Var; 2]> = layers
             .iter()
             .zip(1u64..)
@@ -315,11 +308,7 @@ mod tests {
         for (precision, allowed) in [(Precision::F32, 1e-5), (Precision::Bf16, 0.03)] {
             let exact = only_composed(|| run(Precision::F32));
             let ours = only_primitives(|| run(precision));
-            for (ours, exact) in ours.iter().zip(&exact) {
-                let error: f32 = ours.iter().zip(exact).map(|(a, b)| (a - b).powi(2)).sum();
-                let size: f32 = exact.iter().map(|v| v * v).sum();
-                assert!((error / size).sqrt() < allowed, "{}", (error / size).sqrt());
-            }
+            assert_alike(&ours, &exact, allowed);
         }
     }
 

@@ -58,6 +58,8 @@ mod softmax;
 mod stack;
 mod storage;
 mod swiglu;
+#[cfg(test)]
+mod testing;
 mod transformer_stack;
 
 pub use codebook_average::{AverageRule, CodebookAverages, StepNumber, average_codebook};

@@ -131,16 +131,7 @@ mod tests {
     use candle_core::{Device, Var};
 
     use super::*;
-
-    fn noise(dims: &[usize], seed: f32) -> Var {
-        let count = dims.iter().product::<usize>();
-        let values = (0..count).map(|i| (i as f32 * 12.9898 + seed).sin()).collect();
-        Var::from_vec(values, dims, &crate::test_device()).unwrap()
-    }
-
-    fn values(t: &Tensor) -> Vec<f32> {
-        t.flatten_all().unwrap().to_vec1::<f32>().unwrap()
-    }
+    use crate::testing::{noise, values};
 
     /// On the CPU, by candle's graph.
     fn by_candle(x: &Tensor, weight: &Tensor, how: Convolution) -> [Vec<f32>; 3] {
@@ -150,7 +141,7 @@ mod tests {
     }
 
     fn run(y: &Tensor, x: &Var, weight: &Var) -> [Vec<f32>; 3] {
-        let weights = noise(y.dims(), 3.).to_device(y.device()).unwrap();
+        let weights = noise(y.dims(), 3).to_device(y.device()).unwrap();
         let store = (y * weights).unwrap().sum_all().unwrap().backward().unwrap();
         [values(y), values(store.get(x).unwrap()), values(store.get(weight).unwrap())]
     }
@@ -169,7 +160,7 @@ mod tests {
             (Convolution { dilation: 2, transposed: Some(0), ..plain }, [5, 6]),
         ] {
             let dims = if how.transposed.is_some() { [4, 5, 3, 3] } else { [5, 4, 3, 3] };
-            let (x, weight) = (noise(&[3, 4, size[0], size[1]], 1.), noise(&dims, 2.));
+            let (x, weight) = (noise(&[3, 4, size[0], size[1]], 1), noise(&dims, 2));
             let ours = run(&convolve(&x, &weight, how).unwrap(), &x, &weight);
             for (ours, theirs) in ours.iter().zip(by_candle(&x, &weight, how)) {
                 assert_eq!(ours.len(), theirs.len());
@@ -184,7 +175,7 @@ mod tests {
     #[test]
     fn rows_and_columns_out_of_reach_may_differ_in_number() {
         let how = Convolution { stride: 2, padding: 0, dilation: 1, transposed: None };
-        let (x, weight) = (noise(&[2, 3, 6, 7], 1.), noise(&[4, 3, 3, 3], 2.));
+        let (x, weight) = (noise(&[2, 3, 6, 7], 1), noise(&[4, 3, 3, 3], 2));
         let [_, of_x, of_weight] = run(&convolve(&x, &weight, how).unwrap(), &x, &weight);
         // The last row is seen by no window; without it, it is the same.
         let seen = Var::from_tensor(&x.narrow(2, 0, 5).unwrap().contiguous().unwrap()).unwrap();
@@ -203,7 +194,7 @@ mod tests {
     fn a_dilated_transposed_convolution_may_have_rows_beside_the_least() {
         let how = Convolution { stride: 1, padding: 1, dilation: 2, transposed: Some(1) };
         let least = Convolution { transposed: Some(0), ..how };
-        let (x, weight) = (noise(&[2, 4, 5, 6], 1.), noise(&[4, 5, 3, 3], 2.));
+        let (x, weight) = (noise(&[2, 4, 5, 6], 1), noise(&[4, 5, 3, 3], 2));
         let y = convolve(&x, &weight, how).unwrap();
         let least = convolve(&x, &weight, least).unwrap();
         let (h, w) = (least.dim(2).unwrap(), least.dim(3).unwrap());
@@ -217,7 +208,7 @@ mod tests {
     #[test]
     fn gradients_that_nobody_asks_for_are_not_computed() {
         let how = Convolution { stride: 1, padding: 1, dilation: 1, transposed: None };
-        let (x, weight) = (noise(&[2, 3, 4, 4], 1.), noise(&[4, 3, 3, 3], 2.));
+        let (x, weight) = (noise(&[2, 3, 4, 4], 1), noise(&[4, 3, 3, 3], 2));
         let still = convolve(&x.as_detached_tensor(), &weight.as_detached_tensor(), how).unwrap();
         assert!(!still.track_op());
         let y = convolve(&x.as_detached_tensor(), &weight, how).unwrap();

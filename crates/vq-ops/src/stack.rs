@@ -190,15 +190,15 @@ impl Stack {
     /// `x` `[B, H, W, Cin]` → `[B, H', W', Cout]`. `params` holds every layer's
     /// [`Layer::parameters`], in order. Differentiable in `x` and in `params`.
     pub fn forward(&self, x: &Tensor, params: &[Tensor]) -> Result<Tensor> {
-        let has_kernels = on_cpu(x.device()) || on_primitives(x.device());
-        if !has_kernels || x.dtype() != DType::F32 {
+        self.forward_joined(&[(&x.clone().into(), 1)], params)
+    }
+
+    /// [`forward`](Self::forward) where no primitives run.
+    fn forward_at_once(&self, x: &Tensor, params: &[Tensor]) -> Result<Tensor> {
+        if !on_cpu(x.device()) || x.dtype() != DType::F32 {
             return self.forward_layerwise(x, params);
         }
         self.check_parameters(params)?;
-        if on_primitives(x.device()) {
-            let (steps, _) = plan(&self.layers, self.precision, x.dims())?;
-            return device_stack::run(steps, self.precision, x, params);
-        }
         let flat = params.iter().map(Tensor::flatten_all).collect::<Result<Vec<_>>>()?;
         let theta = Tensor::cat(&flat, 0)?;
         let keep = x.track_op() || theta.track_op();
@@ -225,11 +225,11 @@ impl Stack {
         params: &[Tensor],
         beside: bool,
     ) -> Result<FeatureMap> {
-        let is_f32 = |(map, _): &(&FeatureMap, usize)| {
-            map.in_graph().is_none_or(|map| map.dtype() == DType::F32)
+        let is_fit = |(map, _): &(&FeatureMap, usize)| {
+            on_primitives(map.device())
+                && map.in_graph().is_none_or(|map| map.dtype() == DType::F32)
         };
-        let on_primitives = |(map, _): &(&FeatureMap, usize)| on_primitives(map.device());
-        if x.iter().all(is_f32) && x.iter().any(on_primitives) {
+        if !x.is_empty() && x.iter().all(is_fit) {
             self.check_parameters(params)?;
             let x = Joined::new(x)?;
             let (steps, _) = plan(&self.layers, self.precision, &x.dims())?;
@@ -244,7 +244,7 @@ impl Stack {
             [one] => one.clone(),
             parts => Tensor::cat(parts, D::Minus1)?,
         };
-        self.forward(&joined, params).map(FeatureMap::from)
+        self.forward_at_once(&joined, params).map(FeatureMap::from)
     }
 
     /// [`Stack::forward`] through [`crate::conv2d`] and [`crate::conv_transpose2d`], one by one:

@@ -46,12 +46,11 @@ fn commands(options: &Options) -> Vec<(&'static str, String)> {
 }
 
 /// Runs all of them, one after the other; what fails is noted.
-pub(super) fn run(options: &Options, report: &mut Report) {
+pub(super) fn run(options: &Options, data: &str, report: &mut Report) {
     let folder = options.out.clone().unwrap_or_else(|| PathBuf::from("gpu-check"));
     let program = program(options);
     for (name, command) in commands(options) {
         let start = Instant::now();
-        let data = options.data.as_deref().unwrap_or_default();
         let said = run_one(&program, (&folder, data), name, &command);
         report.run(Run { name, seconds: start.elapsed().as_secs_f64(), said });
     }

@@ -44,9 +44,9 @@ impl Place {
         })
     }
 
-    fn is_grouped(&self, tensors: [&Tensor; 2]) -> bool {
+    /// Whether groups lie on their multiples, where the tensors start there.
+    fn is_grouped(&self, starts: [usize; 2]) -> bool {
         let sizes = [self.channels, self.own, self.first, self.all].map(|size| size as usize);
-        let starts = tensors.map(|tensor| tensor.layout().start_offset());
         sizes.into_iter().chain(starts).all(|size| size.is_multiple_of(GROUP))
     }
 }
@@ -97,7 +97,7 @@ fn place<F: Element, T: Element>(
 ) -> Result<()> {
     let all = to.dim(D::Minus1)?;
     let place = Place::new(source, first, all)?;
-    let is_grouped = place.is_grouped([&source.values, to]);
+    let is_grouped = place.is_grouped([start(&source.values), start(to)]);
     let count = to.elem_count() / all.max(1) * source.channels;
     let count = if is_grouped { count / GROUP } else { count };
     let (from, to, n) = (address::<F>(&source.values)?, address::<T>(to)?, count as u64);
@@ -124,7 +124,7 @@ fn part_as<F: Element, T: Element>(source: &Source, grad: &Tensor, first: usize)
     #[allow(unsafe_code)]
     let to = unsafe { device.alloc::<T>(count) }?;
     let to = tensor(CudaStorage::wrap_cuda_slice(to, device.clone()), source.values.shape());
-    let is_grouped = place.is_grouped([grad, &to]);
+    let is_grouped = place.is_grouped([start(grad), start(&to)]);
     let count = if is_grouped { count / GROUP } else { count };
     let (from, address, n) = (address::<F>(grad)?, address::<T>(&to)?, count as u64);
     let name = name::<F, T>("map_part", is_grouped);
@@ -160,12 +160,16 @@ pub(crate) fn repeat_pixels(
         first: 0,
         all: c,
     };
-    let is_grouped = [channels, layout.start_offset()].iter().all(|n| n.is_multiple_of(GROUP));
+    let is_grouped = place.is_grouped([layout.start_offset(), 0]);
     let name = name::<f32, f32>(if back { "map_part" } else { "join_map" }, is_grouped);
     let count = if is_grouped { count / GROUP } else { count };
     let n = count as u64;
     launch!(&x.device, &name, per_element(count), &from, &to, &n, &place);
     Ok(CudaStorage::wrap_cuda_slice(to, x.device.clone()))
+}
+
+fn start(tensor: &Tensor) -> usize {
+    tensor.layout().start_offset()
 }
 
 fn name<F: Element, T: Element>(name: &str, is_grouped: bool) -> String {
