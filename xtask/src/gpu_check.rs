@@ -9,6 +9,8 @@ mod checks;
 #[cfg(feature = "bench")]
 mod operations;
 #[cfg(feature = "bench")]
+mod prior;
+#[cfg(feature = "bench")]
 mod pytorch;
 #[cfg(feature = "bench")]
 mod report;

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use candle_core::{DType, Device, Tensor, Var};
-use vq_ops::{GatedLayers, Gradients};
+use vq_ops::{DropSeed, GatedLayers, Gradients};
 
 use crate::layers::{Builder, Context, Mode};
 use crate::pixelcnn::PixelCnn;
@@ -12,7 +12,8 @@ use crate::{ConditionerConfig, Config, GridConfig, PixelCnnConfig, Result, Trans
 
 /// Few positions, of which several images are taken together, and many.
 const GRIDS: [[usize; 2]; 2] = [[5, 7], [22, 23]];
-const TRAINING: Mode = Mode { tracked: true, training: true, dropout: 0.3, seed: 11 };
+const TRAINING: Mode =
+    Mode { tracked: true, training: true, dropout: 0.3, seed: DropSeed::Known(11) };
 
 fn random(shape: &[usize], below: u32, start: u32) -> Tensor {
     let count: usize = shape.iter().product();

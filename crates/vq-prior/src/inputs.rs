@@ -1,6 +1,6 @@
 //! What a prior is given, checked.
 
-use candle_core::{DType, Tensor};
+use candle_core::{DType, Device, Tensor};
 
 use crate::{Config, Error, Result};
 
@@ -13,6 +13,37 @@ pub struct Conditions<'a> {
     /// The codes of the levels above, of the same images in the same order: one `[B,h',w']` or
     /// `[B,h',w',G']` u32 for each entry of [`Config::conditioning`].
     pub conditioning: &'a [Tensor],
+}
+
+/// Conditions, checked and on the prior's device.
+#[derive(Clone, Debug)]
+pub(crate) struct Told {
+    /// `[B]` u32; the number of classes stands for none. Nothing for a prior without classes.
+    pub(crate) labels: Option<Tensor>,
+    /// The codes of the levels above, `[B,h',w',G']` u32 each.
+    pub(crate) grids: Vec<Tensor>,
+}
+
+impl Told {
+    /// Conditions for `batch` images. Each label becomes what `change` makes of it.
+    pub(crate) fn new(
+        config: &Config,
+        conditions: &Conditions,
+        batch: usize,
+        change: impl FnMut(u32) -> u32,
+        device: &Device,
+    ) -> Result<Self> {
+        let labels = match check_labels(config, conditions.labels, batch)? {
+            Some(labels) => {
+                let labels: Vec<u32> = labels.into_iter().map(change).collect();
+                Some(Tensor::from_vec(labels, batch, device)?)
+            }
+            None => None,
+        };
+        let grids = check_conditioning(config, conditions.conditioning, batch)?;
+        let grids = grids.iter().map(|grid| grid.to_device(device));
+        Ok(Self { labels, grids: grids.collect::<candle_core::Result<_>>()? })
+    }
 }
 
 /// Codes as `[B,h,w,G]`, contiguous; an error where they are not of that grid or out of range.
@@ -95,11 +126,7 @@ pub(crate) fn check_labels(
 }
 
 /// Every level above as `[B,h',w',G']`.
-pub(crate) fn check_conditioning(
-    config: &Config,
-    grids: &[Tensor],
-    batch: usize,
-) -> Result<Vec<Tensor>> {
+fn check_conditioning(config: &Config, grids: &[Tensor], batch: usize) -> Result<Vec<Tensor>> {
     if grids.len() != config.conditioning.len() {
         return Err(Error::Input(format!(
             "the prior is conditioned on {} grid(s) of codes, got {}",

@@ -4,13 +4,13 @@ use std::collections::BTreeMap;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use vq_model::Stream;
-use vq_ops::{Conv2d, PackedLinear, conv2d, linear};
+use vq_ops::{Conv2d, DropSeed, PackedLinear, conv2d, linear};
 
 use crate::{Error, Result};
 
 /// How a forward pass runs.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Mode {
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mode<'a> {
     /// Whether a graph for gradients is recorded.
     pub(crate) tracked: bool,
     /// Whether this is a training step: linear maps are then faster, but an image's rounding may depend on
@@ -19,13 +19,13 @@ pub(crate) struct Mode {
     /// The probability of dropping an activation.
     pub(crate) dropout: f64,
     /// What the dropped ones depend on.
-    pub(crate) seed: u64,
+    pub(crate) seed: DropSeed<'a>,
 }
 
-impl Mode {
+impl Mode<'_> {
     /// Without gradients, without dropout.
-    pub(crate) const EVALUATE: Self =
-        Self { tracked: false, training: false, dropout: 0.0, seed: 0 };
+    pub(crate) const EVALUATE: Mode<'static> =
+        Mode { tracked: false, training: false, dropout: 0.0, seed: DropSeed::Known(0) };
 
     pub(crate) fn tensor(self, var: &Var) -> Tensor {
         if self.tracked { var.as_tensor().clone() } else { var.as_detached_tensor() }
@@ -33,12 +33,16 @@ impl Mode {
 
     /// Dropout at the place `site` of the network.
     pub(crate) fn drop(self, x: &Tensor, site: usize) -> Result<Tensor> {
-        Ok(vq_ops::dropout(x, self.dropout, self.drop_seed(site))?)
+        Ok(vq_ops::dropout(x, self.dropout, self.seed_at(site))?)
     }
 
-    /// What decides which activations are dropped there.
-    pub(crate) fn drop_seed(self, site: usize) -> u64 {
-        self.seed.wrapping_add((site as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    /// What decides which activations are dropped there, as a number.
+    pub(crate) fn drop_seed(self, site: usize) -> Result<u64> {
+        Ok(self.seed_at(site).read()?)
+    }
+
+    fn seed_at(&self, site: usize) -> DropSeed<'_> {
+        self.seed.plus((site as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15))
     }
 }
 

@@ -50,6 +50,7 @@ mod pixelcnn_steps;
 mod prior;
 mod sampler;
 mod stepper;
+mod training;
 mod transformer;
 
 pub use choose::{SampleOptions, choose, probabilities};
@@ -57,7 +58,8 @@ pub use config::{
     ConditionerConfig, Config, GridConfig, Network, PixelCnnConfig, TransformerConfig,
 };
 pub use inputs::Conditions;
-pub use prior::{Prior, Training};
+pub use prior::Prior;
 pub use sampler::Completion;
 pub use stepper::{Place, Stepper};
+pub use training::{Training, TrainingBatch};
 pub use vq_model::{Error, Result};

@@ -113,11 +113,9 @@ impl PixelCnn {
         let vectors = Tensor::stack(&vectors, 1)?;
         let parts = self.layers.iter().flat_map(GatedLayer::parts);
         let params: Vec<Tensor> = parts.flat_map(|part| part.tensors(mode)).collect();
-        let layers = 0..self.layers.len();
-        let dropout = Dropout {
-            p: mode.dropout,
-            seeds: layers.map(|i| [2 * i + 1, 2 * i].map(|site| mode.drop_seed(site))).collect(),
-        };
+        let seeds = |i| Ok([mode.drop_seed(2 * i + 1)?, mode.drop_seed(2 * i)?]);
+        let seeds = (0..self.layers.len()).map(seeds).collect::<Result<_>>()?;
+        let dropout = Dropout { p: mode.dropout, seeds };
         Ok(fused.forward(embedded, context.map.as_ref(), &vectors, &params, Some(&dropout))?)
     }
 

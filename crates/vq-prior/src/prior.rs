@@ -5,16 +5,16 @@ use std::path::Path;
 
 use candle_core::{Device, Tensor, Var};
 use vq_model::store::{assign, load_config, read_tensors, save_config, write_tensors};
-use vq_model::{CONFIG_FILE, MODEL_FILE, Stream};
+use vq_model::{CONFIG_FILE, MODEL_FILE};
 use vq_ops::cross_entropy;
 
 use crate::conditioner::Conditioner;
 use crate::head::Head;
-use crate::inputs::{check_codes, check_conditioning, check_labels};
+use crate::inputs::{Told, check_codes};
 use crate::layers::{Builder, Context, Mode};
 use crate::pixelcnn::PixelCnn;
 use crate::transformer::Transformer;
-use crate::{Conditions, Config, Network, Result};
+use crate::{Conditions, Config, Network, Result, Training, TrainingBatch};
 
 /// p(codes of one level | class, codes of the levels above) as a product over positions in raster order.
 ///
@@ -34,15 +34,6 @@ pub struct Prior {
 pub(crate) enum Trunk {
     PixelCnn(PixelCnn),
     Transformer(Transformer),
-}
-
-/// What the random parts of a training step depend on: dropout, and which labels are dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Training {
-    /// The run's seed.
-    pub seed: u64,
-    /// The number of the step.
-    pub step: u64,
 }
 
 impl Prior {
@@ -85,7 +76,7 @@ impl Prior {
     /// −∞ behind the K of a code whose codebook is smaller than the largest. Differentiable; no dropout.
     pub fn logits(&self, codes: &Tensor, conditions: &Conditions) -> Result<Tensor> {
         let mode = Mode { tracked: true, ..Mode::EVALUATE };
-        let (codes, context) = self.check(codes, conditions, None, mode)?;
+        let (codes, context) = self.check(codes, conditions, mode)?;
         let largest = self.config.codebook_sizes.iter().copied().max().unwrap_or(0);
         let mut all = Vec::new();
         for logits in self.forward(&codes, &context, mode)? {
@@ -110,12 +101,16 @@ impl Prior {
         conditions: &Conditions,
         training: Training,
     ) -> Result<Tensor> {
-        let seed = Stream::new(training.seed, "prior.dropout", training.step).next_seed();
-        let mode = Mode { tracked: true, training: true, dropout: self.config.dropout, seed };
-        let (codes, context) = self.check(codes, conditions, Some(training), mode)?;
+        self.loss_of(&TrainingBatch::new(&self.config, codes, conditions, training, &self.device)?)
+    }
+
+    /// [`loss`](Self::loss) of a batch that was made for this prior's architecture and device.
+    pub fn loss_of(&self, batch: &TrainingBatch) -> Result<Tensor> {
+        let (mode, codes) = (batch.mode(), &batch.codes);
+        let context = self.context(batch.told.clone(), mode)?;
         let mut sum: Option<Tensor> = None;
         let count = self.config.codes_per_position();
-        for (index, logits) in self.forward(&codes, &context, mode)?.iter().enumerate() {
+        for (index, logits) in self.forward(codes, &context, mode)?.iter().enumerate() {
             let targets = codes.narrow(3, index, 1)?.flatten_all()?.contiguous()?;
             let logits = logits.reshape(((), logits.dim(3)?))?;
             let nats = cross_entropy(&logits, &targets)?.mean_all()?;
@@ -132,7 +127,7 @@ impl Prior {
     /// log-softmax. Bits are −ln p / ln 2.
     pub fn log_likelihood(&self, codes: &Tensor, conditions: &Conditions) -> Result<Vec<f64>> {
         let mode = Mode::EVALUATE;
-        let (codes, context) = self.check(codes, conditions, None, mode)?;
+        let (codes, context) = self.check(codes, conditions, mode)?;
         let batch = codes.dim(0)?;
         let mut sums = vec![0.0; batch];
         for (index, logits) in self.forward(&codes, &context, mode)?.iter().enumerate() {
@@ -187,44 +182,30 @@ impl Prior {
         self.head.forward(&features, codes, mode)
     }
 
-    /// What the network is told, from conditions for `batch` images.
-    pub(crate) fn context(
+    /// What the network is told.
+    fn context(&self, told: Told, mode: Mode) -> Result<Context> {
+        Ok(Context { labels: told.labels, map: self.conditioner.forward(&told.grids, mode)? })
+    }
+
+    /// The same, from conditions for `batch` images.
+    pub(crate) fn context_of(
         &self,
         conditions: &Conditions,
         batch: usize,
-        training: Option<Training>,
         mode: Mode,
     ) -> Result<Context> {
-        let mut labels = check_labels(&self.config, conditions.labels, batch)?;
-        if let (Some(labels), Some(training)) = (&mut labels, training) {
-            let mut stream = Stream::new(training.seed, "prior.labels", training.step);
-            for label in labels {
-                if stream.unit() < self.config.label_dropout {
-                    *label = self.config.class_count as u32;
-                }
-            }
-        }
-        let labels = match labels {
-            Some(labels) => Some(Tensor::from_vec(labels, batch, &self.device)?),
-            None => None,
-        };
-        let mut grids = Vec::new();
-        for grid in check_conditioning(&self.config, conditions.conditioning, batch)? {
-            grids.push(grid.to_device(&self.device)?);
-        }
-        Ok(Context { labels, map: self.conditioner.forward(&grids, mode)? })
+        self.context(Told::new(&self.config, conditions, batch, |label| label, &self.device)?, mode)
     }
 
     fn check(
         &self,
         codes: &Tensor,
         conditions: &Conditions,
-        training: Option<Training>,
         mode: Mode,
     ) -> Result<(Tensor, Context)> {
         let Config { grid, codebook_sizes, .. } = &self.config;
         let codes = check_codes("the codes", codes, *grid, codebook_sizes)?;
-        let context = self.context(conditions, codes.dim(0)?, training, mode)?;
+        let context = self.context_of(conditions, codes.dim(0)?, mode)?;
         Ok((codes.to_device(&self.device)?, context))
     }
 }

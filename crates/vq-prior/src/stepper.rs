@@ -62,7 +62,7 @@ enum TrunkSteps<'a> {
 impl Prior {
     /// A stepper for `batch` images, at their first code.
     pub fn stepper(&self, conditions: &Conditions, batch: usize) -> Result<Stepper<'_>> {
-        let context = self.context(conditions, check_batch(batch)?, None, Mode::EVALUATE)?;
+        let context = self.context_of(conditions, check_batch(batch)?, Mode::EVALUATE)?;
         let grid = self.config().grid;
         let trunk = match &self.trunk {
             Trunk::PixelCnn(network) => TrunkSteps::PixelCnn(Box::new(network.steps(
@@ -86,7 +86,7 @@ impl Prior {
         conditions: &Conditions,
         batch: usize,
     ) -> Result<Stepper<'_>> {
-        let context = self.context(conditions, check_batch(batch)?, None, Mode::EVALUATE)?;
+        let context = self.context_of(conditions, check_batch(batch)?, Mode::EVALUATE)?;
         let codes = vec![0; batch * self.config().codes_per_image()];
         let engine = Engine::Recomputed { context, codes };
         Ok(Stepper { prior: self, engine, batch, count: 0, position: Vec::new() })

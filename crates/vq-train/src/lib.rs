@@ -76,7 +76,6 @@ pub use hash::model_hash;
 pub use jsonl::{MetricsFile, read_metrics, record};
 pub use memory::{MemoryEstimate, available_memory};
 pub use metrics::{Metrics, Usage, is_codebook_figure};
-pub use prior_codes::CodesBatch;
 pub use prior_evaluation::{PriorFigures, UnigramSource, evaluate_prior};
 pub use prior_recipe::{PriorDataConfig, PriorLevel, PriorRecipe, PriorTrainConfig};
 pub use prior_task::{PriorTask, decode};

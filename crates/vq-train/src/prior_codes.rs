@@ -20,18 +20,18 @@ pub(crate) struct PriorCodes {
 
 /// The codes of a few images, on the CPU.
 #[derive(Clone, Debug)]
-pub struct CodesBatch {
+pub(crate) struct CodesBatch {
     /// Of the prior's level: u32 `[B,h,w]`, or `[B,h,w,G]` where a position has G > 1.
-    pub codes: Tensor,
+    pub(crate) codes: Tensor,
     /// u32 `[B]`; nothing where there are no classes.
-    pub labels: Option<Tensor>,
+    pub(crate) labels: Option<Tensor>,
     /// Those of each level above, in the same layout, the nearest first.
-    pub conditioning: Vec<Tensor>,
+    pub(crate) conditioning: Vec<Tensor>,
 }
 
 impl CodesBatch {
     /// What the prior is told.
-    pub fn conditions(&self) -> Conditions<'_> {
+    pub(crate) fn conditions(&self) -> Conditions<'_> {
         Conditions { labels: self.labels.as_ref(), conditioning: &self.conditioning }
     }
 }

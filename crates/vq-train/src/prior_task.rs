@@ -6,15 +6,16 @@ use std::sync::atomic::AtomicBool;
 
 use candle_core::{Device, Tensor, Var};
 use vq_model::{Codes, Stream, VqVae};
-use vq_prior::{Conditions, Prior, SampleOptions, Training};
+use vq_ops::StepNumber;
+use vq_prior::{Conditions, Prior, SampleOptions, Training, TrainingBatch};
 
 use crate::prior_codes::PriorCodes;
 use crate::prior_evaluation::judge;
 use crate::recipe_toml::first_difference;
 use crate::unigram::Unigram;
 use crate::{
-    CodesBatch, Error, Evaluation, Figures, Forward, PriorRecipe, PriorTrainConfig, Result,
-    Trainable, Update,
+    Error, Evaluation, Figures, Forward, PriorRecipe, PriorTrainConfig, Repeats, Result, Trainable,
+    Update,
 };
 
 /// A prior with its codes, and the model that decodes what is drawn from it.
@@ -128,8 +129,26 @@ pub fn decode(model: &VqVae, codes: &Codes) -> Result<Tensor> {
     Ok(model.config().normalization.denormalize(&images)?.contiguous()?)
 }
 
+impl Repeats<TrainingBatch, ()> for PriorTask {
+    fn batch_tensors<'a>(&self, batch: &'a mut TrainingBatch) -> Vec<&'a mut Tensor> {
+        batch.tensors()
+    }
+
+    fn residue_tensors<'a>(&self, (): &'a mut ()) -> Vec<&'a mut Tensor> {
+        Vec::new()
+    }
+
+    fn follow(&self, (): &(), _: StepNumber<'_>) -> Result<()> {
+        Ok(())
+    }
+
+    fn revive(&self, (): &(), _: u64) -> Result<Update> {
+        Ok(Update::default())
+    }
+}
+
 impl Trainable for PriorTask {
-    type Batch = CodesBatch;
+    type Batch = TrainingBatch;
     type Residue = ();
 
     fn batches_per_epoch(&self) -> usize {
@@ -140,12 +159,18 @@ impl Trainable for PriorTask {
         &self,
         epoch: u64,
         first: usize,
-    ) -> Box<dyn Iterator<Item = Result<CodesBatch>> + Send> {
-        let images = self.train.len();
-        let order = Stream::new(self.config.seed, "prior.order", epoch).distinct(images, images);
+    ) -> Box<dyn Iterator<Item = Result<TrainingBatch>> + Send> {
+        let (images, seed) = (self.train.len(), self.config.seed);
+        let order = Stream::new(seed, "prior.order", epoch).distinct(images, images);
         let (size, codes) = (self.config.batch_size.max(1), self.train.clone());
+        let (config, device) = (self.prior.config().clone(), self.prior.device().clone());
+        let before = epoch * self.batches_per_epoch() as u64;
         let batch = move |number: usize| {
-            codes.batch(order.get(number * size..(number + 1) * size).unwrap_or_default())
+            let images = order.get(number * size..(number + 1) * size).unwrap_or_default();
+            let batch = codes.batch(images)?;
+            let training = Training { seed, step: before + number as u64 + 1 };
+            let conditions = batch.conditions();
+            Ok(TrainingBatch::new(&config, &batch.codes, &conditions, training, &device)?)
         };
         Box::new((first..self.batches_per_epoch()).map(batch))
     }
@@ -163,20 +188,22 @@ impl Trainable for PriorTask {
         Ok(())
     }
 
-    fn forward(&self, batch: &CodesBatch, step: u64) -> Result<Forward<()>> {
-        let training = Training { seed: self.config.seed, step };
-        let loss = self.prior.loss(&batch.codes, &batch.conditions(), training)?;
+    fn forward(&self, batch: &TrainingBatch, _: u64) -> Result<Forward<()>> {
+        let loss = self.prior.loss_of(batch)?;
         let figures = Figures::new().with("loss", &loss).with_divided(
             "bits_per_code",
             &loss,
             std::f64::consts::LN_2,
         );
-        let examples = batch.codes.dim(0)?;
-        Ok(Forward { loss, figures, examples, residue: () })
+        Ok(Forward { loss, figures, examples: batch.images(), residue: () })
     }
 
     fn update(&mut self, (): (), _: u64) -> Result<Update> {
         Ok(Update::default())
+    }
+
+    fn repeats(&self) -> Option<&dyn Repeats<TrainingBatch, ()>> {
+        Some(self)
     }
 
     /// On the held-out codes, each with its class and the codes of the levels above:

@@ -2,8 +2,8 @@
 
 use candle_core::{Device, Result, Tensor};
 use vq_ops::{
-    AdamWSlot, AdamWStep, Conv2d, ConvTranspose2d, FeatureMap, Layer, MIRRORED, PackedLinear,
-    Precision, Stack,
+    AdamWSlot, AdamWStep, Conv2d, ConvTranspose2d, DropSeed, FeatureMap, Layer, MIRRORED,
+    PackedLinear, Precision, Stack,
 };
 
 use super::checks::{compare, difference, noise, text, within};
@@ -282,7 +282,11 @@ fn of_priors(device: &Device, report: &mut Report) {
         vq_ops::cross_entropy(&x[0], &Tensor::new(targets, device)?)
     });
     report.check("cross_entropy", found);
-    let found = compare(device, &[&[64, 64]], F32, |x, _| vq_ops::dropout(&x[0], 0.3, 7));
+    let found = compare(device, &[&[64, 64]], F32, |x, device| {
+        let known = vq_ops::dropout(&x[0], 0.3, DropSeed::Known(7))?;
+        let there = DropSeed::to_device(1 << 63, device)?;
+        known + vq_ops::dropout(&x[0], 0.6, DropSeed::OnDevice(&there, 5))?
+    });
     report.check("dropout", found);
     let found =
         compare(device, &[&[2, 5, 6, 4]], F32, |x, _| vq_ops::shift(&x[0], [6, 6], [1, -2]));

@@ -4,20 +4,49 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::Device;
+use candle_core::{Device, Var};
 use vq_data::{Dataset, ImageShape, InMemory, Splits};
 use vq_model::Precision;
-use vq_train::{Event, Observer, Recipe, Tokenizer, Trainable, Trainer};
+use vq_train::{Event, Observer, PriorTask, Recipe, Tokenizer, Trainable, Trainer};
 
 use super::checks::{noise, text};
+use super::prior::{Kind, PriorFolder};
 use super::report::Report;
 
-type Boxed = Box<dyn std::error::Error + Send + Sync>;
-type Result<T> = std::result::Result<T, Boxed>;
+pub(super) type Boxed = Box<dyn std::error::Error + Send + Sync>;
+pub(super) type Result<T> = std::result::Result<T, Boxed>;
 
 /// Steps in an epoch.
-const STEPS: usize = 10;
-const BATCH: usize = 32;
+pub(super) const STEPS: usize = 10;
+pub(super) const BATCH: usize = 32;
+
+/// Something to train on a device for so many epochs, with its run in a folder.
+type Make<'a, T> = &'a dyn Fn(usize, &Device, &Path) -> Result<Trainer<T>>;
+
+/// What is compared of a model.
+trait Compared: Trainable {
+    /// The term of the loss whose course is.
+    const LOSS: &'static str;
+
+    /// All that training changes.
+    fn variables(&self) -> Vec<(&String, &Var)>;
+}
+
+impl Compared for Tokenizer {
+    const LOSS: &'static str = "reconstruction";
+
+    fn variables(&self) -> Vec<(&String, &Var)> {
+        self.parameters().iter().chain(self.model().buffers()).collect()
+    }
+}
+
+impl Compared for PriorTask {
+    const LOSS: &'static str = "loss";
+
+    fn variables(&self) -> Vec<(&String, &Var)> {
+        self.parameters().iter().collect()
+    }
+}
 
 #[derive(Clone, Copy)]
 enum Model {
@@ -55,29 +84,53 @@ pub(super) fn check(device: &Device, report: &mut Report) {
     vq_ops::set_strict_f32(true);
     for model in [Model::OneLevel, Model::TwoLevels, Model::Likelihood] {
         let name = model.name();
-        let found = beside_the_cpu(model, device).map_err(text);
-        report.check(&format!("{name}: 40 steps beside the CPU's"), found);
         for precision in [Precision::F32, Precision::Bf16] {
-            let found = resumed((model, precision), device).map_err(text);
-            report.check(&format!("{name}, {precision}: resumed to the bit"), found);
-            if vq_ops::can_record(device) {
-                let found = recorded((model, precision), device).map_err(text);
-                report.check(&format!("{name}, {precision}: recorded steps, to the bit"), found);
+            let make = |epochs: usize, device: &Device, run: &Path| {
+                trainer((model, precision), epochs, device, run)
+            };
+            if precision == Precision::F32 {
+                course(name, &make, device, report);
             }
+            bits_agree(&format!("{name}, {precision}"), &make, device, report);
+        }
+    }
+    for kind in [Kind::PixelCnn, Kind::Transformer] {
+        let name = kind.name();
+        match PriorFolder::new(kind) {
+            Ok(folder) => {
+                let make = |epochs: usize, device: &Device, run: &Path| {
+                    folder.trainer(epochs, device, run)
+                };
+                course(name, &make, device, report);
+                bits_agree(name, &make, device, report);
+            }
+            Err(error) => report.check(name, Err(text(error))),
         }
     }
     vq_ops::set_strict_f32(false);
 }
 
+fn course<T: Compared>(name: &str, make: Make<'_, T>, device: &Device, report: &mut Report) {
+    let found = beside_the_cpu(make, device).map_err(text);
+    report.check(&format!("{name}: 40 steps beside the CPU's"), found);
+}
+
+fn bits_agree<T: Compared>(name: &str, make: Make<'_, T>, device: &Device, report: &mut Report) {
+    report.check(&format!("{name}: resumed to the bit"), resumed(make, device).map_err(text));
+    if vq_ops::can_record(device) {
+        let found = recorded(make, device).map_err(text);
+        report.check(&format!("{name}: recorded steps, to the bit"), found);
+    }
+}
+
 /// The mean of the reconstruction error over the last epoch. Rounding decides single codes and then grows, so
 /// that only the course can agree.
-fn beside_the_cpu(model: Model, device: &Device) -> Result<String> {
+fn beside_the_cpu<T: Compared>(make: Make<'_, T>, device: &Device) -> Result<String> {
     let run = |device: &Device| -> Result<(f64, f64)> {
         let folder = tempfile::tempdir()?;
-        let losses = Losses::default();
-        let what = (model, Precision::F32);
-        trainer(what, 4, device, folder.path())?.with_observer(losses.clone()).run()?;
-        let losses = losses.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let losses = Losses { name: T::LOSS, all: Arc::default() };
+        make(4, device, folder.path())?.with_observer(losses.clone()).run()?;
+        let losses = losses.all.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let (Some(first), Some(last)) = (losses.first(), losses.get(3 * STEPS..)) else {
             return Err(format!("{} steps were reported", losses.len()).into());
         };
@@ -92,12 +145,12 @@ fn beside_the_cpu(model: Model, device: &Device) -> Result<String> {
     if is_alike { Ok(found) } else { Err(found.into()) }
 }
 
-fn resumed(what: (Model, Precision), device: &Device) -> Result<String> {
+fn resumed<T: Compared>(make: Make<'_, T>, device: &Device) -> Result<String> {
     let (straight, parts) = (tempfile::tempdir()?, tempfile::tempdir()?);
-    let mut whole = trainer(what, 2, device, straight.path())?;
+    let mut whole = make(2, device, straight.path())?;
     whole.run()?;
-    trainer(what, 1, device, parts.path())?.run()?;
-    let mut second = trainer(what, 2, device, parts.path())?;
+    make(1, device, parts.path())?.run()?;
+    let mut second = make(2, device, parts.path())?;
     if second.resume()?.is_none() {
         return Err("there is no checkpoint to resume from".into());
     }
@@ -106,11 +159,11 @@ fn resumed(what: (Model, Precision), device: &Device) -> Result<String> {
 }
 
 /// A run of repeated steps beside one of steps one by one.
-fn recorded(what: (Model, Precision), device: &Device) -> Result<String> {
+fn recorded<T: Compared>(make: Make<'_, T>, device: &Device) -> Result<String> {
     let (first, second) = (tempfile::tempdir()?, tempfile::tempdir()?);
     let warnings = Warnings::default();
-    let mut repeated = trainer(what, 2, device, first.path())?.with_observer(warnings.clone());
-    let mut one_by_one = trainer(what, 2, device, second.path())?.without_recording();
+    let mut repeated = make(2, device, first.path())?.with_observer(warnings.clone());
+    let mut one_by_one = make(2, device, second.path())?.without_recording();
     repeated.run()?;
     one_by_one.run()?;
     if !repeated.is_recorded() {
@@ -132,9 +185,8 @@ fn compare(ours: &Bits, theirs: &Bits) -> Result<String> {
 
 type Bits = BTreeMap<String, Vec<u32>>;
 
-fn bits(task: &Tokenizer) -> Result<Bits> {
-    let model = task.model();
-    let all = task.parameters().iter().chain(model.buffers());
+fn bits(task: &impl Compared) -> Result<Bits> {
+    let all = task.variables().into_iter();
     all.map(|(name, var)| {
         let values = var.flatten_all()?.to_vec1::<f32>()?;
         Ok((name.clone(), values.into_iter().map(f32::to_bits).collect()))
@@ -237,15 +289,18 @@ impl Dataset for Repeated {
     }
 }
 
-/// The reconstruction error of every step.
-#[derive(Clone, Default)]
-struct Losses(Arc<Mutex<Vec<f64>>>);
+/// A term of the loss in every step.
+#[derive(Clone)]
+struct Losses {
+    name: &'static str,
+    all: Arc<Mutex<Vec<f64>>>,
+}
 
 impl Observer for Losses {
     fn observe(&mut self, event: &Event<'_>) -> Result<()> {
         if let Event::StepFinished(step) = event {
-            let loss = step.losses.get("reconstruction").unwrap_or(f64::NAN);
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(loss);
+            let loss = step.losses.get(self.name).unwrap_or(f64::NAN);
+            self.all.lock().unwrap_or_else(PoisonError::into_inner).push(loss);
         }
         Ok(())
     }

@@ -7,6 +7,7 @@ use candle_core::{
 
 use super::layers::counters;
 use super::{address, address_or_null, cuda_device, grid, launch, per_element, tensor, view};
+use crate::dropout::{DropSeed, threshold_and_scale};
 use crate::optimizer::{AdamWSlot, AdamWStep};
 
 /// Tensors of a launch, as in `training.cu`.
@@ -169,22 +170,58 @@ impl CustomOp3 for Images {
     }
 }
 
-/// [`crate::dropout`]'s mask on contiguous elements.
-pub(crate) fn dropout(
-    x: &CudaStorage,
-    layout: &Layout,
-    (threshold, scale, seed): (u32, f32, [u32; 2]),
-) -> Result<CudaStorage> {
-    let device = &x.device;
-    let from = view::<f32>(x, layout)?;
-    let count = layout.shape().elem_count();
-    // SAFETY: the kernel writes every element.
-    #[allow(unsafe_code)]
-    let to = unsafe { device.alloc::<f32>(count) }?;
-    let (length, [seed0, seed1]) = (count as u64, seed);
-    let config = per_element(count);
-    launch!(device, "dropout", config, &from, &to, &length, &seed0, &seed1, &threshold, &scale);
-    Ok(CudaStorage::wrap_cuda_slice(to, device.clone()))
+/// See [`crate::dropout()`].
+pub(crate) struct Dropout {
+    /// Hashes below it are dropped.
+    threshold: u32,
+    scale: f32,
+    /// u32 `[2]`, added to the other part.
+    number: Option<Tensor>,
+    known: u64,
+}
+
+impl Dropout {
+    pub(crate) fn new(p: f64, seed: DropSeed<'_>) -> Result<Self> {
+        let (number, known) = match seed {
+            DropSeed::Known(seed) => (None, seed),
+            DropSeed::OnDevice(number, known) if number.elem_count() == 2 => {
+                (Some(number.clone()), known)
+            }
+            DropSeed::OnDevice(number, _) => {
+                bail!("a seed on a device is u32 [2], not {:?}", number.shape())
+            }
+        };
+        let (threshold, scale) = threshold_and_scale(p);
+        Ok(Self { threshold, scale, number, known })
+    }
+}
+
+impl CustomOp1 for Dropout {
+    fn name(&self) -> &'static str {
+        "vq-dropout"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        bail!("this form is for CUDA")
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        let device = &x.device;
+        let from = view::<f32>(x, layout)?;
+        let count = layout.shape().elem_count();
+        // SAFETY: the kernel writes every element.
+        #[allow(unsafe_code)]
+        let to = unsafe { device.alloc::<f32>(count) }?;
+        let (length, number) = (count as u64, address_or_null::<u32>(self.number.as_ref())?);
+        let Self { threshold, scale, known, .. } = self;
+        let config = per_element(count);
+        launch!(device, "dropout", config, &from, &to, &length, &number, known, threshold, scale);
+        Ok((CudaStorage::wrap_cuda_slice(to, device.clone()), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        grad.contiguous()?.apply_op1_no_bwd(self).map(Some)
+    }
 }
 
 /// Blocks for tensors of up to `longest` elements.

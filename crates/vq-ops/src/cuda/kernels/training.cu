@@ -82,8 +82,12 @@ extern "C" __global__ void images(const unsigned char* pixels, const u32* indice
 }
 
 // The same hash as the CPU's.
-extern "C" __global__ void dropout(const float* from, float* to, u64 n, u32 seed0, u32 seed1, u32 threshold,
+extern "C" __global__ void dropout(const float* from, float* to, u64 n, const u32* number, u64 known, u32 threshold,
                                    float scale) {
+    u64 seed = known + (number ? number[0] | (u64)number[1] << 32 : 0);
+    u64 mixed = (seed ^ (seed >> 31)) * 0x9e3779b97f4a7c15ull;
+    mixed = (mixed ^ (mixed >> 29)) * 0xbf58476d1ce4e5b9ull;
+    u32 seed0 = (u32)mixed, seed1 = (u32)(mixed >> 32);
     for (u64 i = thread_number(); i < n; i += thread_count()) {
         u32 hash = (u32)i ^ seed0;
         hash = (hash ^ (hash >> 16)) * 0x85ebca6bu;
