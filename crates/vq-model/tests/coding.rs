@@ -116,14 +116,12 @@ fn images_that_do_not_fit_are_refused_with_what_to_do() {
     refused(&uniform(0, &[3, 8, 8], 0.5), "got F32 [3, 8, 8]");
     refused(&uniform(0, &[1, 3, 8, 10], 0.5), "images of 8×10 pixels do not fit");
     refused(&uniform(0, &[1, 3, 8, 10], 0.5), "multiples of the model's downsampling 4");
-    refused(
-        &Tensor::zeros((0, 3, 8, 8), DType::F32, &vq_ops::test_device()).unwrap(),
-        "got F32 [0, 3, 8, 8]",
-    );
-    refused(
-        &Tensor::zeros((1, 3, 0, 8), DType::F32, &vq_ops::test_device()).unwrap(),
-        "0×8 pixels do not fit",
-    );
+    // Devices hold no empty tensors.
+    if vq_ops::test_device().is_cpu() {
+        let empty = |shape| Tensor::zeros(shape, DType::F32, &vq_ops::test_device()).unwrap();
+        refused(&empty((0, 3, 8, 8)), "got F32 [0, 3, 8, 8]");
+        refused(&empty((1, 3, 0, 8)), "0×8 pixels do not fit");
+    }
     refused(&Tensor::zeros((1, 3, 8, 8), DType::U8, &vq_ops::test_device()).unwrap(), "got U8");
     for value in [f32::NAN, f32::INFINITY] {
         let mut pixels = vec![0.1; 192];
@@ -156,7 +154,10 @@ fn codes_that_do_not_fit_are_refused_with_what_to_do() {
         vec![full(0, (2, 4, 4)), full(0, (3, 2, 2))],
         "does not belong to [2, 4, 4] of level 0",
     );
-    refused(vec![full(0, (2, 4, 4)), full(0, (2, 0, 2))], "codes of level 1 are empty");
+    // Devices hold no empty tensors.
+    if vq_ops::test_device().is_cpu() {
+        refused(vec![full(0, (2, 4, 4)), full(0, (2, 0, 2))], "codes of level 1 are empty");
+    }
     refused(
         vec![full(0, (2, 4, 4)), full(0, (2, 2, 2)).to_dtype(DType::F32).unwrap()],
         "must be u32 [B, h, w], got F32",

@@ -1,7 +1,7 @@
 //! The softmax of attention and the cross-entropy of codes, each in one pass each way on the CPU.
 
 use candle_core::{
-    CpuStorage, CustomOp1, CustomOp2, D, DType, Layout, Result, Shape, Tensor, bail,
+    CpuStorage, CustomOp1, CustomOp2, D, DType, Device, Layout, Result, Shape, Tensor, bail,
 };
 use rayon::prelude::*;
 
@@ -52,15 +52,33 @@ fn composed_attention_weights(scores: &Tensor, scale: f64, causal: bool) -> Resu
     let (queries, keys) = (scores.dim(D::Minus2)?, scores.dim(D::Minus1)?);
     let mut scores = (scores * scale)?;
     if causal {
-        let hidden: Vec<f32> = (0..queries)
-            .flat_map(|t| (0..keys).map(move |s| s + queries > t + keys))
-            .map(|hidden| if hidden { f32::NEG_INFINITY } else { 0.0 })
-            .collect();
-        scores =
-            scores.broadcast_add(&Tensor::from_vec(hidden, (queries, keys), scores.device())?)?;
+        scores = scores.broadcast_add(&hidden_keys(queries, keys, scores.device())?)?;
     }
     let exp = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
     exp.broadcast_div(&exp.sum_keepdim(D::Minus1)?)
+}
+
+/// −∞ where a query does not see a key, else 0: `[queries, keys]`. Made on the device of little that is uploaded:
+/// a recording keeps no more.
+fn hidden_keys(queries: usize, keys: usize, device: &Device) -> Result<Tensor> {
+    let all = numbers(keys, device)?;
+    let key = all.unsqueeze(0)?.broadcast_as((queries, keys))?;
+    let last =
+        all.narrow(0, keys - queries, queries)?.unsqueeze(1)?.broadcast_as((queries, keys))?;
+    let hidden = Tensor::full(f32::NEG_INFINITY, (queries, keys), device)?;
+    key.gt(&last)?.where_cond(&hidden, &hidden.zeros_like()?)
+}
+
+/// 0, 1, … below `count`: u32.
+fn numbers(count: usize, device: &Device) -> Result<Tensor> {
+    const AT_ONCE: usize = 1024;
+    if count <= AT_ONCE {
+        return Tensor::arange(0, count as u32, device);
+    }
+    let rows = count.div_ceil(AT_ONCE);
+    let first = Tensor::arange_step(0, (rows * AT_ONCE) as u32, AT_ONCE as u32, device)?;
+    let all = first.unsqueeze(1)?.broadcast_add(&numbers(AT_ONCE, device)?.unsqueeze(0)?)?;
+    all.flatten_all()?.narrow(0, 0, count)
 }
 
 fn composed_cross_entropy(logits: &Tensor, targets: &Tensor) -> Result<Tensor> {
@@ -291,6 +309,17 @@ mod tests {
             }
         }
         assert!(attention_weights(&random(1.0, &[1, 1, 3, 2]), 1.0, true).is_err());
+    }
+
+    #[test]
+    fn more_keys_than_are_uploaded_at_once_are_hidden_too() {
+        let (queries, keys) = (3, 2050);
+        let hidden = hidden_keys(queries, keys, &crate::test_device()).unwrap();
+        for (query, row) in hidden.to_vec2::<f32>().unwrap().iter().enumerate() {
+            let seen = row.iter().filter(|value| value.is_finite()).count();
+            assert_eq!(seen, query + keys + 1 - queries);
+            assert!(row[..seen].iter().all(|value| value.is_finite()));
+        }
     }
 
     #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use candle_core::{D, DType, Device, Tensor, Var};
 use vq_model::Stream;
-use vq_ops::{Conv2d, DropSeed, PackedLinear, conv2d, linear};
+use vq_ops::{Conv2d, DropSeed, PackedLinear, conv2d, linear, lookup};
 
 use crate::{Error, Result};
 
@@ -173,7 +173,6 @@ impl Conv {
 #[derive(Debug)]
 pub(crate) struct CodeTable {
     tables: Vec<Var>,
-    channels: usize,
 }
 
 impl CodeTable {
@@ -189,7 +188,7 @@ impl CodeTable {
             builder.parameter(&format!("{name}.{index}"), &[size, channels], (0.0, bound))
         };
         let tables = sizes.iter().enumerate().map(table).collect::<Result<_>>()?;
-        Ok(Self { tables, channels })
+        Ok(Self { tables })
     }
 
     /// The vectors of the code number `index`: `[…]` u32 → `[…, C]`.
@@ -197,10 +196,7 @@ impl CodeTable {
         let Some(table) = self.tables.get(index) else {
             return Err(Error::Input(format!("a position has no code {index}")));
         };
-        let mut dims = codes.dims().to_vec();
-        dims.push(self.channels);
-        let codes = codes.flatten_all()?.contiguous()?;
-        Ok(mode.tensor(table).index_select(&codes, 0)?.reshape(dims)?)
+        Ok(lookup(&mode.tensor(table), codes)?)
     }
 
     /// `[…, G]` u32 → `[…, C]`, summed over the codes of a position.
@@ -244,7 +240,7 @@ impl ClassTable {
     /// `[B]` u32 → `[B, C]`; `[1, C]` zeros without classes.
     pub(crate) fn vectors(&self, labels: Option<&Tensor>, mode: Mode) -> Result<Tensor> {
         match (&self.table, labels) {
-            (Some(table), Some(labels)) => Ok(mode.tensor(table).index_select(labels, 0)?),
+            (Some(table), Some(labels)) => Ok(lookup(&mode.tensor(table), labels)?),
             _ => Ok(self.zeros.clone()),
         }
     }

@@ -68,5 +68,6 @@ pub(super) fn within(worst: f64, allowed: f64) -> std::result::Result<String, St
 }
 
 pub(super) fn text(error: impl std::fmt::Display) -> String {
-    error.to_string().replace('\n', " ")
+    // What follows are a backtrace's lines.
+    error.to_string().lines().next().unwrap_or_default().to_owned()
 }

@@ -2,10 +2,10 @@
 //! Backpropagation Quantization").
 
 use candle_core::{D, Tensor, Var};
-use vq_ops::{nearest_codes, replace_value, squared_error};
+use vq_ops::{lookup, nearest_codes, replace_value, squared_error};
 
 use super::entropy::entropy_loss;
-use super::{Quantized, Quantizer, rows, unflatten};
+use super::{Quantized, Quantizer, rows};
 use crate::part::Builder;
 use crate::{QuantizerConfig, Result};
 
@@ -69,7 +69,7 @@ impl Quantizer for IndexBackpropQuantizer {
         let (b, h, w, _) = z_e.dims4()?;
         let flat = rows(&self.name, z_e, self.config.dim)?;
         let codes = self.assign(&flat.detach())?;
-        let e = self.codebook.index_select(&codes, 0)?;
+        let e = lookup(&self.codebook, &codes)?;
         let logits = flat.matmul(&self.codebook.t()?)?;
         // hardᵀC moves the codes that were chosen, pᵀ·sg[C] moves p: together the gradient of onehotᵀC.
         let soft = softmax(&logits)?.matmul(&self.codebook.as_detached_tensor())?;
@@ -99,7 +99,7 @@ impl Quantizer for IndexBackpropQuantizer {
 
     fn decode(&self, codes: &Tensor) -> Result<Tensor> {
         let codebook = self.codebook.as_detached_tensor();
-        unflatten(&codebook.index_select(&codes.flatten_all()?, 0)?, codes)
+        Ok(lookup(&codebook, codes)?)
     }
 
     fn codebooks(&self) -> Result<Vec<Tensor>> {

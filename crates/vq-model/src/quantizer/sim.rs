@@ -2,9 +2,9 @@
 //! Layer").
 
 use candle_core::{Tensor, Var};
-use vq_ops::{nearest_codes, squared_error};
+use vq_ops::{lookup, nearest_codes, squared_error};
 
-use super::{Quantized, Quantizer, rows, unflatten};
+use super::{Quantized, Quantizer, rows};
 use crate::part::Builder;
 use crate::{QuantizerConfig, Result};
 
@@ -60,7 +60,7 @@ impl Quantizer for SimQuantizer {
         let flat = rows(&self.name, z_e, self.config.dim)?;
         let codebook = self.codebook(self.transform.as_tensor())?;
         let codes = nearest_codes(&flat.detach(), &codebook.detach())?;
-        let e = codebook.index_select(&codes, 0)?;
+        let e = lookup(&codebook, &codes)?;
         let z_q = self.config.gradient_estimator.apply(&flat, &e.detach())?;
         Ok(Quantized {
             z_q: z_q.reshape(z_e.dims())?,
@@ -80,7 +80,7 @@ impl Quantizer for SimQuantizer {
 
     fn decode(&self, codes: &Tensor) -> Result<Tensor> {
         let codebook = self.codebook(&self.transform.as_detached_tensor())?;
-        unflatten(&codebook.index_select(&codes.flatten_all()?, 0)?, codes)
+        Ok(lookup(&codebook, codes)?)
     }
 
     fn codebooks(&self) -> Result<Vec<Tensor>> {

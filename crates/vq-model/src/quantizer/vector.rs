@@ -1,10 +1,10 @@
 //! The vector quantizer of van den Oord et al. 2017.
 
 use candle_core::{D, Tensor, Var};
-use vq_ops::{StepNumber, nearest_codes, squared_error};
+use vq_ops::{StepNumber, lookup, nearest_codes, squared_error};
 
 use super::{CodebookReport, CodebookUpdate, Quantized, Quantizer};
-use super::{kmeans, rows, unflatten, update, zero_like};
+use super::{kmeans, rows, update, zero_like};
 use crate::part::Builder;
 use crate::{CodebookRule, GradientEstimator, QuantizerConfig, Result};
 
@@ -78,11 +78,11 @@ impl VectorQuantizer {
     pub(super) fn lookup(&self, codes: &Tensor) -> Result<(Option<Tensor>, Tensor)> {
         match self.config.rule {
             CodebookRule::Gradient => {
-                let e = self.scaled(&self.codebook.index_select(codes, 0)?)?;
+                let e = self.scaled(&lookup(&self.codebook, codes)?)?;
                 let detached = e.detach();
                 Ok((Some(e), detached))
             }
-            CodebookRule::Ema => Ok((None, self.codebook()?.index_select(codes, 0)?)),
+            CodebookRule::Ema => Ok((None, lookup(&self.codebook()?, codes)?)),
         }
     }
 
@@ -138,7 +138,7 @@ impl Quantizer for VectorQuantizer {
     }
 
     fn decode(&self, codes: &Tensor) -> Result<Tensor> {
-        unflatten(&self.codebook()?.index_select(&codes.flatten_all()?, 0)?, codes)
+        Ok(lookup(&self.codebook()?, codes)?)
     }
 
     fn codebooks(&self) -> Result<Vec<Tensor>> {

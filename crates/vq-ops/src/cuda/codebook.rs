@@ -9,8 +9,8 @@ use candle_core::{
 use super::{address, grid, launch, per_element, view};
 use crate::codebook_average::{AverageRule, CodebookAverages, StepNumber};
 
-/// Vectors of a block of `nearest`.
-const ROWS: usize = 64;
+/// Vectors from which on blocks of 128 of them keep the device busy, which are faster than those of 64.
+const MANY: usize = 128 * 264;
 /// Vectors of a thread of `add_vectors`.
 const RUN: usize = 8;
 
@@ -21,6 +21,9 @@ pub(crate) struct Nearest;
 pub(crate) struct Statistics {
     pub(crate) codebook_size: usize,
 }
+
+/// `table` `[K, D]`, `codes` `[N]` u32 → `[N, D]`, as [`crate::lookup()`] says.
+pub(crate) struct Lookup;
 
 impl CustomOp2 for Nearest {
     fn name(&self) -> &'static str {
@@ -58,10 +61,63 @@ impl CustomOp2 for Nearest {
         let eighths = grid(size.div_ceil(8) as u32, 1);
         launch!(device, "half_norms", eighths, &codebook, &mean, &norms, &k, &d);
         if count > 0 {
-            let blocks = grid(count.div_ceil(ROWS) as u32, 1);
-            launch!(device, "nearest", blocks, &z, &codebook, &mean, &norms, &codes, &n, &k, &d);
+            let (name, rows) = if count < MANY { ("nearest_64", 64) } else { ("nearest_128", 128) };
+            let blocks = grid(count.div_ceil(rows) as u32, 1);
+            launch!(device, name, blocks, &z, &codebook, &mean, &norms, &codes, &n, &k, &d);
         }
         Ok((CudaStorage::wrap_cuda_slice(codes, device.clone()), count.into()))
+    }
+}
+
+impl CustomOp2 for Lookup {
+    fn name(&self) -> &'static str {
+        "vq-lookup"
+    }
+
+    fn cpu_fwd(
+        &self,
+        _: &CpuStorage,
+        _: &Layout,
+        _: &CpuStorage,
+        _: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        bail!("this form of the lookup is for CUDA")
+    }
+
+    fn cuda_fwd(
+        &self,
+        table: &CudaStorage,
+        table_layout: &Layout,
+        codes: &CudaStorage,
+        codes_layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let (size, dim) = table_layout.shape().dims2()?;
+        let count = codes_layout.shape().dims1()?;
+        let device = &table.device;
+        let offset = table_layout.start_offset();
+        let (table, codes) = (view::<f32>(table, table_layout)?, view::<u32>(codes, codes_layout)?);
+        // SAFETY: the kernel writes every element.
+        #[allow(unsafe_code)]
+        let to = unsafe { device.alloc::<f32>(count * dim) }?;
+        let is_grouped = dim.is_multiple_of(4) && offset.is_multiple_of(4);
+        let (name, group) = if is_grouped { ("lookup_grouped", 4) } else { ("lookup", 1) };
+        let groups = count * dim / group;
+        let (n, k, d) = (groups as u64, size as u32, dim as u32);
+        if groups > 0 {
+            launch!(device, name, per_element(groups), &table, &codes, &to, &n, &k, &d);
+        }
+        Ok((CudaStorage::wrap_cuda_slice(to, device.clone()), (count, dim).into()))
+    }
+
+    fn bwd(
+        &self,
+        table: &Tensor,
+        codes: &Tensor,
+        _: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        let (_, sums) = crate::code_statistics(grad, codes, table.dim(0)?)?;
+        Ok((Some(sums), None))
     }
 }
 

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};
 
 use candle_core::cuda::DeviceId;
-use candle_core::cuda::cudarc::driver::PushKernelArg;
+use candle_core::cuda::cudarc::driver::{LaunchConfig, PushKernelArg};
 use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Tensor, bail};
 
 use super::{
@@ -15,7 +15,9 @@ use crate::primitives::Outputs;
 
 /// Blocks along the rows of a sum, at most: the order of a sum must not depend on the device.
 const ROW_BLOCKS: usize = 264;
-/// Groups of columns of a block.
+/// Threads of a block that sums, as in `layers.cu`.
+const SUM_THREADS: usize = 512;
+/// Groups of columns of a block, at most.
 const WIDTH: usize = 256;
 /// Blocks along the columns of a sum, at most.
 const COUNTERS: usize = 4096;
@@ -175,7 +177,7 @@ fn sum_columns_as<T: Element>(
     if across > COUNTERS {
         bail!("sums of {columns} columns are too many");
     }
-    let down = rows.div_ceil((WIDTH / groups).max(1) * 4).clamp(1, ROW_BLOCKS);
+    let down = rows.div_ceil((SUM_THREADS / groups.min(WIDTH)) * 4).clamp(1, ROW_BLOCKS);
     // SAFETY: the kernel writes every element.
     #[allow(unsafe_code)]
     let (masked, partial, sums) = unsafe {
@@ -193,8 +195,9 @@ fn sum_columns_as<T: Element>(
     let to = address_or_null::<T>(masked.as_ref())?;
     let counters = counters(&device)?;
     let (rows, width) = (rows as u64, columns as u32);
-    let (name, config) =
-        (kernel_name::<T>("sum_columns", is_grouped), grid(down as u32, across as u32));
+    let name = kernel_name::<T>("sum_columns", is_grouped);
+    let config =
+        LaunchConfig { block_dim: (SUM_THREADS as u32, 1, 1), ..grid(down as u32, across as u32) };
     launch!(
         &device, &name, config, &from, &gate, &more, &to, &partial, &sums, &counters, &rows, &width
     );

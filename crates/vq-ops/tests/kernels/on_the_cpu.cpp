@@ -15,12 +15,13 @@
 #define __device__
 #define __global__
 #define __shared__ static
+#define __launch_bounds__(threads, blocks)
 
 struct Index { unsigned x = 0, y = 0, z = 0; };
 static Index threadIdx, blockIdx, blockDim, gridDim;
-static ucontext_t scheduler, contexts[256];
-static char stacks[256][64 << 10];
-static bool is_done[256];
+static ucontext_t scheduler, contexts[512];
+static char stacks[512][64 << 10];
+static bool is_done[512];
 static void __syncthreads() { unsigned t = threadIdx.x; swapcontext(&contexts[t], &scheduler); }
 static float __uint_as_float(unsigned bits) { float x; std::memcpy(&x, &bits, 4); return x; }
 static unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
@@ -172,7 +173,7 @@ template <typename T, int N> static void sums(u32 rows, u32 columns, u32 blocks)
         std::vector<float> partial(blocks * columns, NAN), to(columns, NAN);
         std::vector<u32> counters(across, 0);
         Padded<T> masked{std::vector<T>(n)};
-        launch({blocks, across, 1}, 256, [&] {
+        launch({blocks, across, 1}, SUM_THREADS, [&] {
             sum_columns<T, N>(grad.at, which > 0 ? gate.at : nullptr, which > 1 ? more.at : nullptr, masked.at,
                               partial.data(), to.data(), counters.data(), rows, columns);
         });
@@ -309,8 +310,12 @@ static void codes(u32 count, u32 size, u32 dim, bool ties) {
     std::vector<u32> found(count, 12345);
     launch({dim, 1, 1}, 256, [&] { codebook_mean(codebook.data(), mean.data(), size, dim); });
     launch({(size + 7) / 8, 1, 1}, 256, [&] { half_norms(codebook.data(), mean.data(), norms.data(), size, dim); });
-    launch({(count + ROWS - 1) / ROWS, 1, 1}, 256, [&] {
-        nearest(z.data(), codebook.data(), mean.data(), norms.data(), found.data(), count, size, dim);
+    std::vector<u32> found_64(count, 12345);
+    launch({(count + 63) / 64, 1, 1}, 256, [&] {
+        nearest_64(z.data(), codebook.data(), mean.data(), norms.data(), found_64.data(), count, size, dim);
+    });
+    launch({(count + 127) / 128, 1, 1}, 256, [&] {
+        nearest_128(z.data(), codebook.data(), mean.data(), norms.data(), found.data(), count, size, dim);
     });
     for (u32 i = 0; i < count; i++) {
         double least = INFINITY;
@@ -320,7 +325,7 @@ static void codes(u32 count, u32 size, u32 dim, bool ties) {
             for (u32 d = 0; d < dim; d++) distance += std::pow((double)z[i * dim + d] - codebook[k * dim + d], 2);
             if (distance < least) { least = distance; place = k; }
         }
-        check(found[i] == place, "nearest");
+        check(found[i] == place && found_64[i] == place, "nearest");
     }
     for (auto& code : found) if (code == NONE) code = size;  // out of range
     const int digits = 40;
@@ -348,6 +353,19 @@ static void codes(u32 count, u32 size, u32 dim, bool ties) {
             check(near(to[k * dim + d], sum, 1e-7 * (1 + std::fabs(sum))), "code_statistics, sums");
         }
     }
+}
+
+template <int N> static void looking_up(u32 dim) {
+    const u32 size = 5;
+    Padded<float> table(noise(size * dim));
+    const std::vector<u32> numbers = {4, 0, 5, 4, 2, NONE, 1};
+    Padded<float> to{std::vector<float>(numbers.size() * dim)};
+    launch({2, 1, 1}, 32, [&] {
+        lookup_rows<N>(table.at, numbers.data(), to.at, numbers.size() * dim / N, size, dim);
+    });
+    for (size_t i = 0; i < numbers.size(); i++)
+        for (u32 d = 0; d < dim; d++)
+            check(same(to.at[i * dim + d], numbers[i] < size ? table.at[numbers[i] * dim + d] : NAN), "lookup");
 }
 
 static void counting(u32 count, u32 codebooks, u32 size) {
@@ -469,6 +487,7 @@ int main() {
     joining<bf16, float, 8>(16, 24, 8, 24); joining<bf16, bf16, 8>(8, 8, 16, 32); joining<float, bf16, 8>(8, 16, 8, 16);
     errors(1, 1); errors(1000, 3);
     codes(1, 1, 1, false); codes(70, 5, 3, false); codes(130, 100, 20, true); codes(65, 64, 64, true);
+    looking_up<1>(3); looking_up<4>(12);
     codes(5, 2, 300, true); codes(2100, 7, 4, false);
     counting(1000, 1, 7); counting(900, 3, 40); counting(500, 1, 5000);
     optimizer();

@@ -121,7 +121,10 @@ impl<T: Trainable> Trainer<T> {
                 self.repeating = Repeating::On(Box::new(Recorded { recording, place }));
             }
             Err(error) => {
-                let message = format!("steps run one by one, since none can be recorded: {error}");
+                let why = error.to_string();
+                // Without a backtrace.
+                let why = why.lines().next().unwrap_or_default();
+                let message = format!("steps run one by one, since none can be recorded: {why}");
                 self.warn(WarningKind::Settings, &message)?;
             }
         }

@@ -137,6 +137,8 @@ fn a_resumed_prior_is_the_straight_one_to_the_bit() {
             let stop = Arc::new(AtomicBool::new(false));
             let mut first = trainer(&recipe, &hash, &run)
                 .with_observer(At { step, stop: Some(stop.clone()) })
+                // So that it is told of the step when it is done, on devices too.
+                .with_read_interval(1)
                 .with_stop_flag(stop);
             assert_eq!(first.run().unwrap(), Outcome::Interrupted);
             assert_eq!(read_progress(&run.join("last")).unwrap().step, step);

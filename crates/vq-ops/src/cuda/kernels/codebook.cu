@@ -33,21 +33,21 @@ extern "C" __global__ void half_norms(const float* codebook, const float* mean, 
 
 #define NONE 0xffffffffu
 #define INFINITE __uint_as_float(0x7f800000u)
-#define ROWS 64    // vectors of a block
-#define CODES 128  // codes that they meet at a time
+#define CODES 128  // codes that a block's vectors meet at a time
 #define DEPTH 16   // components at a time
-#define LANES 32   // a block is 8 × LANES threads of 8 × 4 products each
+#define SIDE 16    // a block is SIDE × SIDE threads
 
 // A score and its code, and the best score of any other code.
 struct Best { float score, second; u32 code; };
 
-__device__ inline void take(Best& best, float score, u32 code) {
-    if (score < best.score || (score == best.score && code < best.code)) {
-        best.second = best.score;
-        best.score = score;
-        best.code = code;
-    } else if (score < best.second) {
-        best.second = score;
+// What is known of two sets of codes, as of one.
+__device__ inline void take(Best& best, const Best& other) {
+    if (other.score < best.score || (other.score == best.score && other.code < best.code)) {
+        best.second = other.second < best.score ? other.second : best.score;
+        best.score = other.score;
+        best.code = other.code;
+    } else if (other.score < best.second) {
+        best.second = other.score;
     }
 }
 
@@ -72,22 +72,28 @@ __device__ inline double distance(const float* z, const float* e, u32 dim, bool 
 }
 
 // argmin_k ½‖e_k − mean‖² − (z − mean)·(e_k − mean) in f32; where the second-best is closer than rounding
-// can tell apart, that vector is searched again in f64. A vector that is not finite gets NONE. 256 threads.
-extern "C" __global__ void nearest(const float* z, const float* codebook, const float* mean,
-                                   const float* norms, u32* found, u32 count, u32 codes, u32 dim) {
-    // Vectors and codes, [DEPTH][ROWS + 4] and [DEPTH][CODES + 4] (so that threads that write one column meet
-    // different banks), and then what each thread has found.
-    __shared__ Group<float, 4> pool[ROWS * LANES * 3 / 4];
+// can tell apart, that vector is searched again in f64. A vector that is not finite gets NONE. A thread has OWN
+// vectors, a block SIDE times as many. 256 threads.
+template <int OWN>
+__device__ void search(const float* __restrict__ z, const float* __restrict__ codebook,
+                       const float* __restrict__ mean, const float* __restrict__ norms, u32* found, u32 count,
+                       u32 codes, u32 dim) {
+    constexpr u32 ROWS = SIDE * OWN, OF_CODES = CODES / SIDE;
+    typedef Group<float, 4> Four;
+    // So that threads that write one column meet different banks, and that four lie together.
+    __shared__ Four zs_four[DEPTH][(ROWS + 4) / 4], es_four[DEPTH][(CODES + 4) / 4];
+    // Of each thread's vectors.
+    __shared__ float scores[OWN][256], seconds[OWN][256];
+    __shared__ u32 its_codes[OWN][256];
     __shared__ float row_norms[ROWS];
     __shared__ u32 unclear[ROWS];
     __shared__ u32 unclear_count;
     __shared__ double distances[256];
     __shared__ u32 places[256];
     __shared__ float radii[256];
-    float (*zs)[ROWS + 4] = (float(*)[ROWS + 4])pool;
-    float (*es)[CODES + 4] = (float(*)[CODES + 4])((float*)pool + DEPTH * (ROWS + 4));
-    Best (*bests)[ROWS] = (Best(*)[ROWS])pool;
-    const u32 thread = threadIdx.x, tx = thread % LANES, ty = thread / LANES;
+    float (*zs)[ROWS + 4] = (float(*)[ROWS + 4])zs_four;
+    float (*es)[CODES + 4] = (float(*)[CODES + 4])es_four;
+    const u32 thread = threadIdx.x, tx = thread % SIDE, ty = thread / SIDE;
     const u32 first = blockIdx.x * ROWS;
 
     float most = 0.f;
@@ -95,16 +101,16 @@ extern "C" __global__ void nearest(const float* z, const float* codebook, const 
     radii[thread] = most;
     float row_norm = 0.f;
 
-    Best best[8];
-    for (int i = 0; i < 8; i++) { best[i].score = best[i].second = INFINITE; best[i].code = NONE; }
+    for (int i = 0; i < OWN; i++) {
+        scores[i][thread] = seconds[i][thread] = INFINITE;
+        its_codes[i][thread] = NONE;
+    }
     // Each thread brings one component of every 16th vector and code; the next ones while these are used.
     const u32 d_own = thread % DEPTH, r_own = thread / DEPTH;
     float z_next[ROWS / 16], e_next[CODES / 16], shift;
-    bool is_component;
     // Loads without conditions, so that none waits for another; nothing is done with them until they are due.
     auto fetch = [&](u32 start, u32 deep) {
-        is_component = deep + d_own < dim;
-        const u32 d = is_component ? deep + d_own : 0;
+        const u32 d = deep + d_own < dim ? deep + d_own : 0;
         shift = mean[d];
         #pragma unroll
         for (u32 i = 0; i < ROWS / 16; i++) {
@@ -119,44 +125,67 @@ extern "C" __global__ void nearest(const float* z, const float* codebook, const 
     };
     fetch(0, 0);
     for (u32 start = 0; start < codes; start += CODES) {
-        float products[8][4] = {};
+        float products[OWN][OF_CODES] = {};
         for (u32 deep = 0; deep < dim; deep += DEPTH) {
+            const bool is_component = deep + d_own < dim;
             __syncthreads();
+            #pragma unroll
             for (u32 i = 0; i < ROWS / 16; i++) zs[d_own][r_own + 16 * i] = is_component ? z_next[i] - shift : 0.f;
+            #pragma unroll
             for (u32 i = 0; i < CODES / 16; i++) es[d_own][r_own + 16 * i] = is_component ? e_next[i] - shift : 0.f;
             __syncthreads();
-            if (deep + DEPTH < dim) fetch(start, deep + DEPTH);
-            else if (start + CODES < codes) fetch(start + CODES, 0);
+            const bool is_through = deep + DEPTH >= dim;
+            if (!is_through || start + CODES < codes) fetch(is_through ? start + CODES : start, is_through ? 0 : deep + DEPTH);
             if (start == 0 && thread < ROWS) {
                 for (u32 d = 0; d < DEPTH; d++) row_norm += zs[d][thread] * zs[d][thread];
             }
             #pragma unroll
             for (u32 d = 0; d < DEPTH; d++) {
-                Group<float, 4> a0 = *(const Group<float, 4>*)&zs[d][ty * 8];
-                Group<float, 4> a1 = *(const Group<float, 4>*)&zs[d][ty * 8 + 4];
-                Group<float, 4> b = *(const Group<float, 4>*)&es[d][tx * 4];
+                float a[OWN], b[OF_CODES];
                 #pragma unroll
-                for (int i = 0; i < 4; i++) {
+                for (u32 i = 0; i < OWN; i += 4) {
+                    Four four = zs_four[d][ty * (OWN / 4) + i / 4];
+                    for (u32 j = 0; j < 4; j++) a[i + j] = four.at[j];
+                }
+                // Codes 4·tx to 4·tx + 3, and those 64 further on: so that threads side by side read what lies so.
+                #pragma unroll
+                for (u32 i = 0; i < OF_CODES; i += 4) {
+                    Four four = es_four[d][tx + i / 4 * SIDE];
+                    for (u32 j = 0; j < 4; j++) b[i + j] = four.at[j];
+                }
+                #pragma unroll
+                for (u32 i = 0; i < OWN; i++) {
                     #pragma unroll
-                    for (int j = 0; j < 4; j++) {
-                        products[i][j] += a0.at[i] * b.at[j];
-                        products[i + 4][j] += a1.at[i] * b.at[j];
-                    }
+                    for (u32 j = 0; j < OF_CODES; j++) products[i][j] += a[i] * b[j];
                 }
             }
         }
+        float its_norms[OF_CODES];
         #pragma unroll
-        for (int j = 0; j < 4; j++) {
-            u32 k = start + tx * 4 + j;
-            if (k < codes) {
-                float norm = norms[k];
-                #pragma unroll
-                for (int i = 0; i < 8; i++) take(best[i], norm - products[i][j], k);
+        for (u32 j = 0; j < OF_CODES; j++) {
+            const u32 k = start + j / 4 * (4 * SIDE) + tx * 4 + j % 4;
+            // No code is further away.
+            its_norms[j] = k < codes ? norms[k] : INFINITE;
+        }
+        // A thread meets its codes in ascending order, so that the first of equals stays.
+        #pragma unroll
+        for (u32 i = 0; i < OWN; i++) {
+            float score = scores[i][thread], second = seconds[i][thread];
+            u32 code = its_codes[i][thread];
+            #pragma unroll
+            for (u32 j = 0; j < OF_CODES; j++) {
+                const float other = its_norms[j] - products[i][j];
+                const bool is_better = other < score;
+                const float worse = is_better ? score : other;
+                second = worse < second ? worse : second;
+                score = is_better ? other : score;
+                code = is_better ? start + j / 4 * (4 * SIDE) + tx * 4 + j % 4 : code;
             }
+            scores[i][thread] = score;
+            seconds[i][thread] = second;
+            its_codes[i][thread] = code;
         }
     }
-    __syncthreads();
-    for (int i = 0; i < 8; i++) bests[tx][ty * 8 + i] = best[i];
     if (thread < ROWS) row_norms[thread] = row_norm;
     if (thread == 0) unclear_count = 0;
     for (u32 width = 128; width > 0; width /= 2) {
@@ -165,11 +194,11 @@ extern "C" __global__ void nearest(const float* z, const float* codebook, const 
     }
     __syncthreads();
     if (thread < ROWS) {
-        Best whole = bests[0][thread];
-        for (u32 x = 1; x < LANES; x++) {
-            Best part = bests[x][thread];
-            take(whole, part.score, part.code);
-            if (part.second < whole.second) whole.second = part.second;
+        const u32 own = thread % OWN, line = thread / OWN * SIDE;
+        Best whole = {INFINITE, INFINITE, NONE};
+        #pragma unroll
+        for (u32 x = 0; x < SIDE; x++) {
+            take(whole, Best{scores[own][line + x], seconds[own][line + x], its_codes[own][line + x]});
         }
         // Each score is a sum of `dim` rounded products of at most ‖z‖·‖e‖ in all.
         float radius = sqrtf(2.f * radii[0]);
@@ -209,6 +238,44 @@ extern "C" __global__ void nearest(const float* z, const float* codebook, const 
         if (lane == 0 && turn + group < unclear_count) found[first + unclear[turn + group]] = places[thread];
         __syncthreads();
     }
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2)
+    nearest_64(const float* z, const float* codebook, const float* mean, const float* norms, u32* found, u32 count,
+               u32 codes, u32 dim) {
+    search<4>(z, codebook, mean, norms, found, count, codes, dim);
+}
+
+extern "C" __global__ void __launch_bounds__(256, 2)
+    nearest_128(const float* z, const float* codebook, const float* mean, const float* norms, u32* found, u32 count,
+                u32 codes, u32 dim) {
+    search<8>(z, codebook, mean, norms, found, count, codes, dim);
+}
+
+// Rows of a table [codes][dim], of the codes' numbers, in n groups of N; NaN for a code that is not there.
+template <int N>
+__device__ void lookup_rows(const float* __restrict__ table, const u32* __restrict__ numbers, float* __restrict__ to,
+                            u64 n, u32 codes, u32 dim) {
+    typedef Group<float, N> Elements;
+    const u32 groups = dim / N;
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        const u64 row = quotient(i, groups);
+        const u32 code = numbers[row];
+        Elements values = *(const Elements*)(table + (u64)(code < codes ? code : 0) * dim + (i - row * groups) * N);
+        if (code >= codes) {
+            for (int j = 0; j < N; j++) values.at[j] = __uint_as_float(0x7fc00000u);
+        }
+        ((Elements*)to)[i] = values;
+    }
+}
+
+extern "C" __global__ void lookup(const float* table, const u32* numbers, float* to, u64 n, u32 codes, u32 dim) {
+    lookup_rows<1>(table, numbers, to, n, codes, dim);
+}
+
+extern "C" __global__ void lookup_grouped(const float* table, const u32* numbers, float* to, u64 n, u32 codes,
+                                          u32 dim) {
+    lookup_rows<4>(table, numbers, to, n, codes, dim);
 }
 
 // The largest |z| that is a number, as bits: they are in the order of what they mean.

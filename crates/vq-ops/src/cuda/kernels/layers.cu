@@ -37,7 +37,7 @@ template <typename T> __device__ void enter(const float* from, T* to, u64 n, u32
         for (u64 i = 4 * thread_number(); i < n; i += 4 * thread_count()) {
             Group<float, 4> values = *(const Group<float, 4>*)(from + i);
             Group<T, 4> rounded;
-            for (int j = 0; j < 4; j++) rounded.at[j] = from_float<T>(values.at[j]);
+            rounded.set(values.at);
             *(Group<T, 4>*)(to + i) = rounded;
         }
         return;
@@ -54,7 +54,7 @@ template <typename T> __device__ void leave(const T* from, float* to, u64 n, u32
         for (u64 i = 4 * thread_number(); i < n; i += 4 * thread_count()) {
             Group<T, 4> values = *(const Group<T, 4>*)(from + i);
             Group<float, 4> exact;
-            for (int j = 0; j < 4; j++) exact.at[j] = to_float(values.at[j]);
+            for (int j = 0; j < 4; j++) exact.at[j] = values.get(j);
             *(Group<float, 4>*)(to + i) = exact;
         }
         return;
@@ -74,45 +74,51 @@ struct Windows {
 // Images [batch][height][width][channels] f32 to their windows [batch][rows][columns][kernel][channels]; n groups
 // of N elements, which no window's end crosses. Zeros outside.
 template <typename T, int N> __device__ void unfold(const float* from, T* to, u64 n, Windows w) {
-    const u32 size = w.kernel_height * w.kernel_width * w.channels, groups = size / N;
+    const u32 groups = w.kernel_height * w.kernel_width * w.channels / N;
     for (u64 i = thread_number(); i < n; i += thread_count()) {
-        u64 window = i / groups;
-        const u32 e = (u32)(i % groups) * N;
-        u32 c = e % w.channels, tap = e / w.channels;
-        u32 kx = tap % w.kernel_width, ky = tap / w.kernel_width;
-        const u32 column = window % w.columns, row = window / w.columns % w.rows;
-        const float* image = from + window / w.columns / w.rows * w.height * w.width * w.channels;
-        Group<T, N> values;
+        const u64 window = quotient(i, groups), line = quotient(window, w.columns), image = quotient(line, w.rows);
+        const u32 e = (u32)(i - window * groups) * N;
+        const u32 column = (u32)(window - line * w.columns), row = (u32)(line - image * w.rows);
+        u32 tap = e / w.channels, c = e - tap * w.channels;
+        u32 ky = tap / w.kernel_width, kx = tap - ky * w.kernel_width;
+        const float* pixels = from + image * w.height * w.width * w.channels;
+        float values[N];
+        #pragma unroll
         for (int j = 0; j < N; j++) {
             // Below 0 it wraps around and is outside all the same. The load does not depend on it.
             u32 y = row * w.stride + ky - w.padding, x = column * w.stride + kx - w.padding;
             bool is_inside = y < w.height && x < w.width;
-            float value = image[is_inside ? (y * w.width + x) * w.channels + c : 0];
-            values.at[j] = from_float<T>(is_inside ? value : 0.f);
+            float value = pixels[is_inside ? (y * w.width + x) * w.channels + c : 0];
+            values[j] = is_inside ? value : 0.f;
             if (++c == w.channels) {
                 c = 0;
                 if (++kx == w.kernel_width) { kx = 0; ky++; }
             }
         }
-        *(Group<T, N>*)(to + i * N) = values;
+        Group<T, N> all;
+        all.set(values);
+        ((Group<T, N>*)to)[i] = all;
     }
 }
 
 // The other way: the sum of what windows say of each pixel, and the bias where it is given; n pixels.
 template <typename T> __device__ void fold(const T* from, const float* bias, float* to, u64 n, Windows w) {
+    const u32 size = w.kernel_height * w.kernel_width * w.channels;
     for (u64 i = thread_number(); i < n; i += thread_count()) {
-        const u32 x = i % w.width, y = i / w.width % w.height;
-        const T* image = from + i / w.width / w.height * w.rows * w.columns * w.kernel_height * w.kernel_width * w.channels;
+        const u64 line = quotient(i, w.width), image = quotient(line, w.height);
+        const u32 x = (u32)(i - line * w.width) + w.padding, y = (u32)(line - image * w.height) + w.padding;
+        const T* windows = from + image * w.rows * w.columns * size;
+        const u32 last_row = y / w.stride, last_column = x / w.stride;
         for (u32 c = 0; c < w.channels; c++) {
             float sum = bias ? bias[c] : 0.f;
-            for (u32 ky = (y + w.padding) % w.stride; ky < w.kernel_height; ky += w.stride) {
-                const u32 row = (y + w.padding - ky) / w.stride;
-                if (y + w.padding < ky || row >= w.rows) continue;
-                for (u32 kx = (x + w.padding) % w.stride; kx < w.kernel_width; kx += w.stride) {
-                    const u32 column = (x + w.padding - kx) / w.stride;
-                    if (x + w.padding < kx || column >= w.columns) continue;
+            for (u32 row = last_row, ky = y - last_row * w.stride; ky < w.kernel_height; row--, ky += w.stride) {
+                // The row before the first wraps around.
+                if (row >= w.rows) continue;
+                u32 column = last_column, kx = x - last_column * w.stride;
+                for (; kx < w.kernel_width; column--, kx += w.stride) {
+                    if (column >= w.columns) continue;
                     const u32 window = row * w.columns + column, tap = ky * w.kernel_width + kx;
-                    sum += to_float(image[(window * w.kernel_height * w.kernel_width + tap) * w.channels + c]);
+                    sum += to_float(windows[window * size + tap * w.channels + c]);
                 }
             }
             to[i * w.channels + c] = sum;
@@ -123,66 +129,97 @@ template <typename T> __device__ void fold(const T* from, const float* bias, flo
 // plain = y + bias + residual and rectified = relu(plain), each where it is not null. n elements in groups of
 // N, the last axis of `channels`, which no group crosses; the first `biases` of them have a bias.
 template <typename T, int N>
-__device__ void finish(const T* y, const float* bias, const T* residual, T* plain, T* rectified, u64 n,
-                       u32 channels, u32 biases) {
+__device__ void finish(const T* __restrict__ y, const float* __restrict__ bias, const T* __restrict__ residual,
+                       T* __restrict__ plain, T* __restrict__ rectified, u64 n, u32 channels, u32 biases) {
     typedef Group<T, N> Elements;
-    for (u64 i = N * thread_number(); i < n; i += N * thread_count()) {
-        Elements from = *(const Elements*)(y + i), other = from, to, to_rectified;
-        if (residual) other = *(const Elements*)(residual + i);
-        const u32 channel = n >> 32 ? (u32)(i % channels) : (u32)i % channels;
+    const u64 step = N * thread_count();
+    float shift[N] = {};
+    auto look_up = [&](u64 i) {
+        const u32 channel = (u32)(i - quotient(i, channels) * channels);
+        for (int j = 0; j < N; j++) shift[j] = channel + j < biases ? bias[channel + j] : 0.f;
+    };
+    auto put = [&](u64 i, const Elements& from, const Elements& other) {
+        float values[N], above[N];
         for (int j = 0; j < N; j++) {
-            float value = to_float(from.at[j]);
-            if (bias && channel + j < biases) value += bias[channel + j];
-            if (residual) value += to_float(other.at[j]);
-            to.at[j] = from_float<T>(value);
-            to_rectified.at[j] = from_float<T>(relu(to_float(to.at[j])));
+            values[j] = from.get(j) + shift[j];
+            if (residual) values[j] += other.get(j);
+            above[j] = relu(values[j]);
         }
-        if (plain) *(Elements*)(plain + i) = to;
-        if (rectified) *(Elements*)(rectified + i) = to_rectified;
+        Elements to;
+        if (plain) { to.set(values); *(Elements*)(plain + i) = to; }
+        if (rectified) { to.set(above); *(Elements*)(rectified + i) = to; }
+    };
+    // Whether a thread has the same channels in every turn. Two turns at once, so that one's loads need not wait
+    // for the other's stores.
+    const bool is_steady = !bias || step == quotient(step, channels) * channels;
+    for (u64 i = N * thread_number(); i < n; i += 2 * step) {
+        const u64 second = i + step;
+        Elements from = *(const Elements*)(y + i), other = from, next = from, next_other = from;
+        if (second < n) next = *(const Elements*)(y + second);
+        if (residual) other = *(const Elements*)(residual + i);
+        if (residual && second < n) next_other = *(const Elements*)(residual + second);
+        if (bias && (!is_steady || i < step)) look_up(i);
+        put(i, from, other);
+        if (second >= n) break;
+        if (!is_steady) look_up(second);
+        put(second, next, next_other);
     }
 }
 
+#define SUM_THREADS 512
+
 // Where `gate` is given: to = grad where gate is above 0 (or NaN), else 0; plus `more` where that is not null.
 // The sums of the columns of `to`, or without a gate of `grad`, [rows][columns]: each block adds up some rows,
-// and the last one the blocks, always in the same order. blockIdx.y: 256 groups of N columns. 256 threads.
-// partial [gridDim.x][columns], a counter per blockIdx.y.
+// and the last one the blocks, always in the same order. blockIdx.y: 256 groups of N columns. SUM_THREADS
+// threads. partial [gridDim.x][columns], a counter per blockIdx.y.
 template <typename T, int N>
-__device__ void sum_columns(const T* grad, const T* gate, const T* more, T* to, float* partial, float* sums,
-                            u32* counters, u64 rows, u32 columns) {
+__device__ void sum_columns(const T* __restrict__ grad, const T* __restrict__ gate, const T* __restrict__ more,
+                            T* __restrict__ to, float* partial, float* sums, u32* counters, u64 rows, u32 columns) {
     typedef Group<T, N> Elements;
-    __shared__ float shared[256 * N];
+    // Rows at once, so that their loads are under way together.
+    constexpr int TURNS = N == 1 ? 4 : 2;
+    __shared__ float shared[SUM_THREADS * N];
     const u32 first = blockIdx.y * 256, all = columns / N;
-    const u32 width = all - first < 256 ? all - first : 256, height = 256 / width;
+    const u32 width = all - first < 256 ? all - first : 256, height = SUM_THREADS / width;
     const u32 lane = threadIdx.x % width, row = threadIdx.x / width;
+    const u64 step = (u64)gridDim.x * height;
     float own[N] = {};
-    if (row < height) {
-        for (u64 r = (u64)blockIdx.x * height + row; r < rows; r += (u64)gridDim.x * height) {
-            const u64 at = r * columns + (first + lane) * N;
-            Elements values = *(const Elements*)(grad + at);
+    for (u64 r = (u64)blockIdx.x * height + row; row < height && r < rows; r += TURNS * step) {
+        Elements values[TURNS], gates[TURNS], others[TURNS];
+        #pragma unroll
+        for (int t = 0; t < TURNS; t++) {
+            const u64 here = r + t * step < rows ? r + t * step : r;
+            const u64 at = here * columns + (first + lane) * N;
+            values[t] = *(const Elements*)(grad + at);
+            if (gate) gates[t] = *(const Elements*)(gate + at);
+            if (more) others[t] = *(const Elements*)(more + at);
+        }
+        #pragma unroll
+        for (int t = 0; t < TURNS; t++) {
+            if (r + t * step >= rows) break;
             if (gate) {
-                Elements gates = *(const Elements*)(gate + at), others = values;
-                if (more) others = *(const Elements*)(more + at);
+                float masked[N];
                 for (int j = 0; j < N; j++) {
-                    float value = to_float(gates.at[j]) <= 0.f ? 0.f : to_float(values.at[j]);
-                    if (more) value += to_float(others.at[j]);
-                    values.at[j] = from_float<T>(value);
+                    masked[j] = gates[t].get(j) <= 0.f ? 0.f : values[t].get(j);
+                    if (more) masked[j] += others[t].get(j);
                 }
-                *(Elements*)(to + at) = values;
+                values[t].set(masked);
+                *(Elements*)(to + (r + t * step) * columns + (first + lane) * N) = values[t];
             }
-            for (int j = 0; j < N; j++) own[j] += to_float(values.at[j]);
+            for (int j = 0; j < N; j++) own[j] += values[t].get(j);
         }
     }
     for (int j = 0; j < N; j++) shared[threadIdx.x * N + j] = own[j];
     __syncthreads();
     const u32 here = width * N, start = first * N;
-    for (u32 c = threadIdx.x; c < here; c += 256) {
+    for (u32 c = threadIdx.x; c < here; c += SUM_THREADS) {
         float sum = 0.f;
         for (u32 r = 0; r < height; r++) sum += shared[r * here + c];
         partial[(u64)blockIdx.x * columns + start + c] = sum;
     }
     if (!is_last_block(counters + blockIdx.y, gridDim.x)) return;
-    const u32 parts = here < 256 ? 256 / here : 1, part = threadIdx.x / here;
-    for (u32 c = threadIdx.x % here; c < here; c += 256) {
+    const u32 parts = here < SUM_THREADS ? SUM_THREADS / here : 1, part = threadIdx.x / here;
+    for (u32 c = threadIdx.x % here; c < here; c += SUM_THREADS) {
         float sum = 0.f;
         // Sixteen at once, or each would wait for the one before.
         for (u32 b = part; part < parts && b < gridDim.x; b += 16 * parts) {
@@ -225,8 +262,10 @@ template <typename F, typename T, int N> __device__ void join_map(const F* from,
             source = (image * p.height + y / p.times) * p.width + x / p.times;
         }
         Group<F, N> values = *(const Group<F, N>*)(from + source * p.own + c);
+        float exact[N];
+        for (int j = 0; j < N; j++) exact[j] = values.get(j);
         Group<T, N> placed;
-        for (int j = 0; j < N; j++) placed.at[j] = from_float<T>(to_float(values.at[j]));
+        placed.set(exact);
         // Counted in groups, or nvcc would not see that it can store one at once.
         ((Group<T, N>*)to)[(pixel * p.all + p.first + c) / N] = placed;
     }
@@ -242,10 +281,10 @@ template <typename F, typename T, int N> __device__ void map_part(const F* from,
         for (u32 tap = 0; c < p.channels && tap < p.times * p.times; tap++) {
             const u64 source = (row * p.times + tap / p.times) * width + x * p.times + tap % p.times;
             Group<F, N> values = *(const Group<F, N>*)(from + source * p.all + p.first + c);
-            for (int j = 0; j < N; j++) sums[j] += to_float(values.at[j]);
+            for (int j = 0; j < N; j++) sums[j] += values.get(j);
         }
         Group<T, N> all;
-        for (int j = 0; j < N; j++) all.at[j] = from_float<T>(sums[j]);
+        all.set(sums);
         *(Group<T, N>*)(to + i * N) = all;
     }
 }
@@ -253,8 +292,8 @@ template <typename F, typename T, int N> __device__ void map_part(const F* from,
 // [batch][rows][columns] to [batch][columns][rows].
 extern "C" __global__ void swap_axes(const float* from, float* to, u64 n, u32 rows, u32 columns) {
     for (u64 i = thread_number(); i < n; i += thread_count()) {
-        u32 r = i % rows, c = i / rows % columns;
-        u64 b = i / rows / columns;
+        const u64 line = quotient(i, rows), b = quotient(line, columns);
+        const u32 r = (u32)(i - line * rows), c = (u32)(line - b * columns);
         to[i] = from[(b * rows + r) * columns + c];
     }
 }
@@ -264,9 +303,9 @@ extern "C" __global__ void swap_axes(const float* from, float* to, u64 n, u32 ro
                                              T* rectified, u64 n, u32 channels, u32 biases) {             \
         finish<T, N>(y, bias, residual, plain, rectified, n, channels, biases);                            \
     }                                                                                                      \
-    extern "C" __global__ void sum_columns_##name(const T* grad, const T* gate, const T* more, T* to,      \
-                                                  float* partial, float* sums, u32* counters, u64 rows,    \
-                                                  u32 columns) {                                           \
+    extern "C" __global__ void __launch_bounds__(SUM_THREADS, 2)                                           \
+        sum_columns_##name(const T* grad, const T* gate, const T* more, T* to, float* partial, float* sums, \
+                           u32* counters, u64 rows, u32 columns) {                                         \
         sum_columns<T, N>(grad, gate, more, to, partial, sums, counters, rows, columns);                   \
     }
 #define LAYERS(T, name)                                                                                    \

@@ -72,12 +72,14 @@ extern "C" __global__ void norm_and_scale(const double* partial, float* to, u32 
 // [channels][256], of the given indices; mirrored left to right where the highest bit of an index is set.
 extern "C" __global__ void images(const unsigned char* pixels, const u32* indices, const float* tables,
                                   float* to, u32 count, u32 channels, u32 height, u32 width) {
-    u64 size = (u64)channels * height * width;
-    for (u64 i = thread_number(); i < count * size; i += thread_count()) {
-        u32 index = indices[i / size], x = i % width, channel = i / ((u64)height * width) % channels;
-        u64 row = i % size / width;
+    const u32 plane = height * width, size = channels * plane;
+    for (u64 i = thread_number(); i < (u64)count * size; i += thread_count()) {
+        const u64 image = quotient(i, size);
+        const u32 place = (u32)(i - image * size), channel = place / plane, pixel = place - channel * plane;
+        const u32 y = pixel / width, index = indices[image];
+        u32 x = pixel - y * width;
         if (index >> 31) x = width - 1 - x;
-        to[i] = tables[channel * 256 + pixels[(index & 0x7fffffffu) * size + row * width + x]];
+        to[i] = tables[channel * 256 + pixels[(index & 0x7fffffffu) * (u64)size + channel * plane + y * width + x]];
     }
 }
 
