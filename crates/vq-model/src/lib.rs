@@ -43,8 +43,8 @@ pub use geometry::{CodebookGeometry, Range, codebook_drift};
 pub use likelihood::Likelihood;
 pub use model::{Output, VqVae};
 pub use quantizer::{
-    CodebookReport, CodebookUpdate, Quantized, Quantizer, TrainingStep, VectorQuantizer, rotation,
-    straight_through,
+    CodebookReport, CodebookUpdate, Quantized, QuantizedMap, Quantizer, TrainingStep,
+    VectorQuantizer, rotation, straight_through,
 };
 pub use quantizer_config::{CodebookRule, GradientEstimator, QuantizerConfig, QuantizerKind};
 pub use random::Stream;

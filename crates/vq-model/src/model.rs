@@ -41,6 +41,8 @@ pub struct Output {
     /// x̂ `[B,C,H,W]` in the model's range, not clamped. Of a model with a likelihood it is the mean of
     /// p(x|z), and has no gradient.
     pub reconstruction: Tensor,
+    /// The same as the decoder gives it, `[B,H,W,C]`; none for a model with a likelihood.
+    pub decoded: Option<Tensor>,
     /// −ln p(x|z) in nats, of a position's channels together: `[B,H,W]`; none for a model without a
     /// [`Likelihood`](crate::Likelihood). x is the nearest of the 256 values of each pixel.
     pub nats: Option<Tensor>,
@@ -111,8 +113,8 @@ impl VqVae {
     /// what else is in the batch.
     pub fn encode(&self, images: &Tensor) -> Result<Codes> {
         let (_, levels) = self.descend(images, false, |quantizer, z_e| {
-            let codes = quantizer.encode(z_e)?;
-            Ok((quantizer.decode(&codes)?, codes))
+            let codes = quantizer.encode(&z_e.tensor()?)?;
+            Ok((quantizer.decode(&codes)?.into(), codes))
         })?;
         Ok(Codes { levels })
     }
@@ -333,20 +335,18 @@ impl VqVae {
 
     fn run(&self, images: &Tensor, tracked: bool, step: Option<TrainingStep>) -> Result<Output> {
         let (maps, levels) = self.descend(images, tracked, |quantizer, z_e| {
-            let quantized = match step {
-                Some(step) => quantizer.quantize_training(z_e, step)?,
-                None => quantizer.quantize(z_e)?,
-            };
+            let quantized = quantizer.quantize_map(z_e, step)?;
             // A codebook's parameters are tracked even where the encoder's are not.
-            let z_q = if tracked { quantized.z_q.clone() } else { quantized.z_q.detach() };
-            Ok((z_q, (quantized, z_e.detach())))
+            let z_q = &quantized.z_q;
+            let z_q = if tracked { z_q.clone() } else { z_q.detach() };
+            Ok((z_q, quantized))
         })?;
         let (mut codes, mut z_es, mut commitment_losses) = (Vec::new(), Vec::new(), Vec::new());
         let mut losses: Option<(Tensor, Tensor)> = None;
         let mut entropy_loss: Option<Tensor> = None;
-        for (quantized, z_e) in levels {
+        for quantized in levels {
             codes.push(quantized.codes);
-            z_es.push(z_e);
+            z_es.push(quantized.z_e);
             commitment_losses.push(quantized.commitment_loss.detach());
             entropy_loss = match (entropy_loss, quantized.entropy_loss) {
                 (Some(sum), Some(loss)) => Some((sum + loss)?),
@@ -363,16 +363,17 @@ impl VqVae {
         let no_level = || Error::config("levels", "must hold at least one level");
         let (codebook_loss, commitment_loss) = losses.ok_or_else(no_level)?;
         let decoded = self.decode_maps(&maps, tracked)?;
-        let (reconstruction, nats) = match self.config.pixel_distribution() {
-            None => (channels_first(&decoded)?, None),
+        let (reconstruction, decoded, nats) = match self.config.pixel_distribution() {
+            None => (channels_first(&decoded)?, Some(decoded), None),
             Some(distribution) => {
                 let images = images.to_device(&self.device)?;
                 let judged = judge(&self.config, distribution, &decoded, &images)?;
-                (judged.means, Some(judged.nats))
+                (judged.means, None, Some(judged.nats))
             }
         };
         Ok(Output {
             reconstruction,
+            decoded,
             nats,
             codes: Codes { levels: codes },
             codebook_loss,
@@ -390,18 +391,13 @@ impl VqVae {
         &self,
         images: &Tensor,
         tracked: bool,
-        quantize: impl Fn(&dyn Quantizer, &Tensor) -> Result<(Tensor, T)>,
+        quantize: impl Fn(&dyn Quantizer, &FeatureMap) -> Result<(FeatureMap, T)>,
     ) -> Result<(Vec<FeatureMap>, Vec<T>)> {
         let mut features: Vec<FeatureMap> = Vec::new();
         let images = FeatureMap::from(channels_last(&self.check_images(images)?)?);
-        for (index, level) in self.levels.iter().enumerate() {
+        for level in &self.levels {
             let input = [(features.last().unwrap_or(&images), 1)];
-            let is_top = index + 1 == self.levels.len();
-            features.push(if is_top {
-                level.encoder.forward(&input, tracked)?.into()
-            } else {
-                level.encoder.features(&input, tracked)?
-            });
+            features.push(level.encoder.features(&input, tracked)?);
         }
         drop(images);
         // Top first until the end.
@@ -414,14 +410,18 @@ impl VqVae {
                 (Some(projection), Some(above)) => {
                     let decoded =
                         above.decoder.features(&self.repeated(index + 1, &maps), tracked)?;
-                    projection.forward(&[(&own, 1), (&decoded, 1)], tracked)?
+                    projection.features(&[(&own, 1), (&decoded, 1)], tracked)?
                 }
-                _ => own.tensor()?,
+                _ => own,
             };
             let (z_q, result) = quantize(level.quantizer.as_ref(), &z_e).map_err(|error| {
-                if is_finite(&z_e) { error } else { Error::Diverged { level: index } }
+                if z_e.values().is_ok_and(|z_e| is_finite(&z_e)) {
+                    error
+                } else {
+                    Error::Diverged { level: index }
+                }
             })?;
-            maps.insert(0, z_q.into());
+            maps.insert(0, z_q);
             results.push(result);
         }
         results.reverse();

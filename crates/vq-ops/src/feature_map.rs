@@ -2,8 +2,13 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Storage, Tensor, bail};
+use candle_core::{
+    CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Storage, Tensor, bail,
+};
 
+#[cfg(feature = "cuda")]
+use crate::dispatch::on_cuda;
+use crate::pointwise::{replace_value, squared_error};
 use crate::primitives::{Outputs, enter, finish, leave};
 
 /// A feature map `[B, H, W, C]` that [stacks](crate::Stack) give and take.
@@ -41,6 +46,36 @@ impl FeatureMap {
         }
     }
 
+    /// What [`tensor`](Self::tensor) gives, without a way back to the map.
+    pub fn values(&self) -> Result<Tensor> {
+        match &self.0 {
+            Form::InGraph(map) => Ok(map.detach()),
+            Form::Beside(map) => leave(&map.values, map.channels),
+        }
+    }
+
+    /// The same map, of which no gradient is asked.
+    #[must_use]
+    pub fn detach(&self) -> Self {
+        match &self.0 {
+            Form::InGraph(map) => map.detach().into(),
+            Form::Beside(map) => Self::beside(Beside::new(map.values.clone(), map.channels)),
+        }
+    }
+
+    /// Puts others in the place of its values: `values` is what [`values`](Self::values) gave, `others` are of the
+    /// same shape.
+    pub fn replace(&self, values: &Tensor, others: &Tensor) -> Result<Replaced> {
+        let others = others.detach();
+        match &self.0 {
+            Form::InGraph(map) => Ok(Replaced {
+                map: replace_value(map, &others)?.into(),
+                error: squared_error(map, &others)?,
+            }),
+            Form::Beside(map) => map.replace(values.contiguous()?, others.contiguous()?),
+        }
+    }
+
     /// The tensor that it is, if it is one.
     pub(crate) fn in_graph(&self) -> Option<&Tensor> {
         match &self.0 {
@@ -74,6 +109,16 @@ impl FeatureMap {
             }
         }
     }
+}
+
+/// What a map becomes where others take the place of its values, each near the one that it replaces.
+#[derive(Clone, Debug)]
+pub struct Replaced {
+    /// The others, whose gradient is that of the map: the straight-through estimator (van den Oord et al. 2017,
+    /// section 3.2).
+    pub map: FeatureMap,
+    /// The mean of (value − other)², a scalar; differentiable in the map.
+    pub error: Tensor,
 }
 
 /// A map beside the graph.
@@ -134,6 +179,19 @@ impl Beside {
             None => leave(&self.values, self.channels),
         }
     }
+
+    fn replace(&self, values: Tensor, others: Tensor) -> Result<Replaced> {
+        let rounded = enter(&others, self.values.dtype(), self.values.dim(D::Minus1)?)?;
+        let replaced = Self::new(rounded, self.channels);
+        let Some(place) = &self.place else {
+            let (map, error) = (FeatureMap::beside(replaced), squared_error(&values, &others)?);
+            return Ok(Replaced { map, error });
+        };
+        let (from, to) = (replaced.gradient.clone(), self.gradient.clone());
+        let map = Self { place: Some(place.apply_op1(PassOn { from, to })?), ..replaced };
+        let error = place.apply_op1(ErrorOf { map: self.clone(), values, others })?;
+        Ok(Replaced { map: FeatureMap::beside(map), error })
+    }
 }
 
 /// What stands for a map.
@@ -161,6 +219,84 @@ pub(crate) fn cpu_storage(x: &Tensor) -> Result<(CpuStorage, Shape)> {
         }
         _ => bail!("a tensor is on another device"),
     }
+}
+
+/// The gradient of a map to one of the same format, whose values it replaced.
+struct PassOn {
+    from: Collected,
+    to: Collected,
+}
+
+impl CustomOp1 for PassOn {
+    fn name(&self) -> &'static str {
+        "vq-replaced"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok(place_on_cpu())
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        x: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        place_on_cuda(&x.device)
+    }
+
+    fn bwd(&self, place: &Tensor, _: &Tensor, _: &Tensor) -> Result<Option<Tensor>> {
+        self.to.add(self.from.take()?)?;
+        Ok(Some(place.detach()))
+    }
+}
+
+/// The mean squared error of a map, whose values are given as they are in the graph.
+struct ErrorOf {
+    map: Beside,
+    values: Tensor,
+    others: Tensor,
+}
+
+impl CustomOp1 for ErrorOf {
+    fn name(&self) -> &'static str {
+        "vq-error-of-map"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        cpu_storage(&squared_error(&self.values, &self.others)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        crate::cuda::training::error_between(&self.values, &self.others)
+    }
+
+    fn bwd(&self, place: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let Self { map: Beside { values, gradient, .. }, values: exact, others } = self;
+        let (dtype, channels) = (values.dtype(), values.dim(D::Minus1)?);
+        gradient.add(error_gradient(exact, others, &grad.detach(), (dtype, channels))?)?;
+        Ok(Some(place.detach()))
+    }
+}
+
+/// The gradient of the mean of (a − b)², times `grad`, in a as a map of that format.
+fn error_gradient(
+    a: &Tensor,
+    b: &Tensor,
+    grad: &Tensor,
+    (dtype, channels): (DType, usize),
+) -> Result<Tensor> {
+    #[cfg(feature = "cuda")]
+    if on_cuda(a.device()) && a.dim(D::Minus1)? == channels {
+        return crate::cuda::training::error_gradient(a, b, grad, dtype);
+    }
+    let difference = (a.sub(b)? * (2. / a.elem_count() as f64))?;
+    enter(&difference.broadcast_mul(grad)?, dtype, channels)
 }
 
 /// From the graph to beside it.

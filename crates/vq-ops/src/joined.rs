@@ -164,7 +164,7 @@ mod tests {
     use super::*;
     use crate::dispatch::{only_composed, only_primitives};
     use crate::testing::{noise, relative_error, values};
-    use crate::{Conv2d, Gradients, Layer, Precision, Stack};
+    use crate::{Conv2d, Gradients, Layer, Precision, Replaced, Stack};
 
     #[track_caller]
     fn assert_alike(ours: &[Vec<f32>], exact: &[Vec<f32>], allowed: f32) {
@@ -309,6 +309,64 @@ mod tests {
             let exact = only_composed(|| run(Precision::F32));
             let ours = only_primitives(|| run(precision));
             assert_alike(&ours, &exact, allowed);
+        }
+    }
+
+    /// Used by a stack and by the error that comes with it, or by only one of them.
+    #[test]
+    fn a_map_whose_values_were_replaced_has_the_gradients_of_both_uses() {
+        for (channels, uses) in
+            [(8, [true, true]), (5, [true, true]), (8, [true, false]), (8, [false, true])]
+        {
+            let layers = [conv(3, channels, 3, 1, false), conv(channels, 4, 4, 2, true)];
+            let params: Vec<Vec<Var>> = layers
+                .iter()
+                .zip(1u64..)
+                .map(|(layer, stack)| {
+                    let shapes = layer.parameters().into_iter().zip(0u64..);
+                    shapes.map(|((_, shape), i)| noise(&shape, 10 * stack + i)).collect()
+                })
+                .collect();
+            let x = noise(&[2, 6, 8, 3], 2);
+            let run = |precision, is_tracked: bool| {
+                let tensor = |var: &Var| {
+                    if is_tracked { var.as_tensor().clone() } else { var.as_detached_tensor() }
+                };
+                let stack = |i: usize, map: &FeatureMap| {
+                    let mut stack = Stack::new(vec![layers[i].clone()]).unwrap();
+                    stack.set_precision(precision);
+                    let params: Vec<Tensor> = params[i].iter().map(tensor).collect();
+                    stack.forward_map(&[(map, 1)], &params).unwrap()
+                };
+                let features = stack(0, &tensor(&x).into());
+                let found = features.values().unwrap();
+                let others = found.affine(-0.5, 0.1).unwrap();
+                let Replaced { map, error } = features.replace(&found, &others).unwrap();
+                assert!(!map.values().unwrap().track_op());
+                let y = stack(1, &map).tensor().unwrap();
+                let weights = noise(y.dims(), 4).as_detached_tensor();
+                let of_stack = (y * weights).unwrap().sum_all().unwrap();
+                let error = (error * 100.).unwrap();
+                let loss = match uses {
+                    [true, true] => (of_stack + error).unwrap(),
+                    [true, false] => of_stack,
+                    _ => error,
+                };
+                if !is_tracked {
+                    return vec![values(&loss)];
+                }
+                let store = loss.backward().unwrap();
+                let vars = params.iter().flatten().chain([&x]);
+                // Something that is like nothing else, where there is none.
+                let of = vars.map(|var| store.get(var).map_or(vec![77.], values));
+                std::iter::once(values(&loss)).chain(of).collect::<Vec<_>>()
+            };
+            for (precision, allowed) in [(Precision::F32, 1e-5), (Precision::Bf16, 0.03)] {
+                let exact = only_composed(|| run(Precision::F32, true));
+                let ours = only_primitives(|| run(precision, true));
+                assert_alike(&ours, &exact, allowed);
+                assert_eq!(only_primitives(|| run(precision, false))[0], ours[0]);
+            }
         }
     }
 

@@ -69,7 +69,7 @@ pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
 pub use device::test_device;
 pub use device::{gpu_name, is_strict_f32, open_cuda, open_metal, set_strict_f32};
 pub use dropout::{DropSeed, dropout};
-pub use feature_map::FeatureMap;
+pub use feature_map::{FeatureMap, Replaced};
 pub use gate::{gate, gate_sum};
 pub use gated_stack::GatedLayers;
 pub use gradients::Gradients;
@@ -87,7 +87,7 @@ pub use optimizer::{
 pub use packed_linear::PackedLinear;
 pub use pixels::{LOG_SCALES, Logistic, PixelDistribution, pixel_likelihood};
 pub use pointwise::{
-    channels_first, channels_last, replace_value, scaled_squared_error, squared_error,
+    channels_first, channels_last, image_error, replace_value, scaled_squared_error, squared_error,
 };
 pub use precision::{Precision, check_cpu_choice};
 pub use recording::{Recording, can_record, rehearse};

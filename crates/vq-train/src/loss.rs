@@ -2,7 +2,7 @@
 
 use candle_core::{Device, Tensor};
 use vq_model::{Normalization, Output};
-use vq_ops::{scaled_squared_error, weighted_sum};
+use vq_ops::{image_error, scaled_squared_error, weighted_sum};
 
 use crate::{Figures, Result, TrainConfig};
 
@@ -56,7 +56,7 @@ impl Loss {
     pub(crate) fn of(&self, output: &Output, images: &Tensor) -> Result<(Tensor, Figures)> {
         let reconstruction = match &output.nats {
             Some(nats) => (nats.mean_all()? / images.dim(1)? as f64)?,
-            None => self.reconstruction(&output.reconstruction, images)?,
+            None => self.reconstruction(output, images)?,
         };
         let mut loss = weighted_sum([
             (&reconstruction, 1.0),
@@ -77,8 +77,14 @@ impl Loss {
         Ok((loss, figures))
     }
 
-    fn reconstruction(&self, reconstruction: &Tensor, images: &Tensor) -> Result<Tensor> {
+    fn reconstruction(&self, output: &Output, images: &Tensor) -> Result<Tensor> {
+        let reconstruction = &output.reconstruction;
         // A uniform factor is cheaper on the scalar.
+        if let (Scale::Uniform(factor), Some(decoded)) = (&self.scale, &output.decoded)
+            && self.l1 == 0.0
+        {
+            return Ok(image_error(decoded, images, factor * factor)?);
+        }
         let (a, b, factor) = match &self.scale {
             Scale::Uniform(factor) => (reconstruction.clone(), images.clone(), *factor),
             Scale::PerChannel(factors) => {
@@ -105,6 +111,7 @@ mod tests {
         let device = vq_ops::test_device();
         Output {
             reconstruction: reconstruction.clone(),
+            decoded: Some(vq_ops::channels_last(reconstruction).unwrap()),
             nats: None,
             codes: Codes { levels: Vec::new() },
             codebook_loss: Tensor::new(codebook, &device).unwrap(),

@@ -3,7 +3,7 @@
 use candle_core::{Device, Result, Tensor};
 use vq_ops::{
     AdamWSlot, AdamWStep, Conv2d, ConvTranspose2d, DropSeed, FeatureMap, Layer, MIRRORED,
-    PackedLinear, Precision, Stack,
+    PackedLinear, Precision, Replaced, Stack,
 };
 
 use super::checks::{compare, difference, noise, text, within};
@@ -142,17 +142,28 @@ fn maps(device: &Device, report: &mut Report, format: &str, precision: Precision
             let stacks = stacks.collect::<Result<Vec<_>>>()?;
             let (image, small) = (FeatureMap::from(x[0].clone()), FeatureMap::from(x[1].clone()));
             let features = stacks[0].forward_map(&[(&image, 1)], &x[2..4])?;
+            let values = features.values()?;
+            let Replaced { map: features, error } =
+                features.replace(&values, &values.affine(-0.5, 0.1)?)?;
             let above = stacks[1].forward_map(&[(&features, 1)], &x[4..6])?;
             let y =
                 stacks[2].forward_joined(&[(&features, 1), (&above, 2), (&small, 2)], &x[6..8])?;
-            y + above.tensor()?.mean_all()?.broadcast_as((4, 8, 12, 16))
+            let more = (above.tensor()?.mean_all()? + error)?;
+            y + more.broadcast_as((4, 8, 12, 16))
         });
         report.check(&format!("{format} maps between stacks, {channels} channels"), found);
     }
 }
 
 fn codes(device: &Device, report: &mut Report) {
-    for (count, size, dim) in [(4096, 512, 64), (1000, 1000, 13), (65, 16_384, 8), (300, 3, 256)] {
+    for (count, size, dim) in [
+        (4096, 512, 64),
+        (40_000, 512, 64),
+        (35_001, 77, 13),
+        (1000, 1000, 13),
+        (65, 16_384, 8),
+        (300, 3, 256),
+    ] {
         let found = || -> Result<std::result::Result<String, String>> {
             let mut z = noise(&[count, dim], 1);
             let mut codebook = noise(&[size, dim], 2);
@@ -248,6 +259,14 @@ fn elementwise(device: &Device, report: &mut Report) {
     let square: &[usize] = &[6, 50];
     let found = compare(device, &[square, square], F32, |x, _| vq_ops::squared_error(&x[0], &x[1]));
     report.check("squared_error", found);
+    let found = compare(device, &[&[4, 6, 5, 3], &[4, 3, 6, 5]], F32, |x, _| {
+        vq_ops::image_error(&x[0], &x[1], 1.5)
+    });
+    report.check("image_error", found);
+    let found = compare(device, &[&[7, 12]], F32, |x, device| {
+        vq_ops::lookup(&x[0], &Tensor::new(&[[3u32, 0, 6], [3, 3, 5]], device)?)
+    });
+    report.check("lookup", found);
     let found = compare(device, &[square, square], F32, |x, _| vq_ops::replace_value(&x[0], &x[1]));
     report.check("replace_value", found);
     let found = compare(device, &[&[2, 5, 6, 7]], F32, |x, _| vq_ops::channels_first(&x[0]));

@@ -13,7 +13,7 @@ mod update;
 mod vector;
 
 use candle_core::Tensor;
-use vq_ops::StepNumber;
+use vq_ops::{FeatureMap, StepNumber};
 
 pub use estimator::{rotation, straight_through};
 pub use update::{CodebookReport, CodebookUpdate};
@@ -47,6 +47,12 @@ pub trait Quantizer: std::fmt::Debug + Send + Sync {
     fn quantize_training(&self, z_e: &Tensor, step: TrainingStep) -> Result<Quantized> {
         let _ = step;
         self.quantize(z_e)
+    }
+
+    /// The same of a map as a stack gives it, and back to what stacks take; as a training step does it where there is
+    /// one. Where maps lie beside candle's graph, a kind can leave them there.
+    fn quantize_map(&self, z_e: &FeatureMap, step: Option<TrainingStep>) -> Result<QuantizedMap> {
+        through_graph(self, z_e, step)
     }
 
     /// `z_e` `[B,h,w,D]` f32 to codes `[B,h,w]` or `[B,h,w,G]` u32.
@@ -138,6 +144,23 @@ pub struct Quantized {
     pub entropy_loss: Option<Tensor>,
 }
 
+/// What a [`Quantizer`] makes of a map: as [`Quantized`].
+#[derive(Clone, Debug)]
+pub struct QuantizedMap {
+    /// What was quantized, `[B,h,w,D]` f32, detached.
+    pub z_e: Tensor,
+    /// Its code vectors.
+    pub z_q: FeatureMap,
+    /// `[B,h,w]` u32, where G > 1 `[B,h,w,G]`.
+    pub codes: Tensor,
+    /// See [`Quantized::codebook_loss`].
+    pub codebook_loss: Tensor,
+    /// See [`Quantized::commitment_loss`].
+    pub commitment_loss: Tensor,
+    /// See [`Quantized::entropy_loss`].
+    pub entropy_loss: Option<Tensor>,
+}
+
 /// Which step of which run it is: what random choices in training depend on.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct TrainingStep {
@@ -148,6 +171,27 @@ pub struct TrainingStep {
     /// Which image of the step's batch the first one given is: 0, unless the batch is run through the
     /// model in parts. Each image's random choices are those that it has in the whole batch.
     pub first_image: usize,
+}
+
+/// [`Quantizer::quantize_map`] by what the kind makes of tensors of the graph.
+fn through_graph<Q: Quantizer + ?Sized>(
+    quantizer: &Q,
+    z_e: &FeatureMap,
+    step: Option<TrainingStep>,
+) -> Result<QuantizedMap> {
+    let z_e = z_e.tensor()?;
+    let quantized = match step {
+        Some(step) => quantizer.quantize_training(&z_e, step)?,
+        None => quantizer.quantize(&z_e)?,
+    };
+    Ok(QuantizedMap {
+        z_e: z_e.detach(),
+        z_q: quantized.z_q.into(),
+        codes: quantized.codes,
+        codebook_loss: quantized.codebook_loss,
+        commitment_loss: quantized.commitment_loss,
+        entropy_loss: quantized.entropy_loss,
+    })
 }
 
 /// The quantizer that `config` describes, with fresh parameters; `name` goes before their names.

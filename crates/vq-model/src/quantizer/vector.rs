@@ -1,9 +1,11 @@
 //! The vector quantizer of van den Oord et al. 2017.
 
 use candle_core::{D, Tensor, Var};
-use vq_ops::{StepNumber, lookup, nearest_codes, squared_error};
+use vq_ops::{FeatureMap, Replaced, StepNumber, lookup, nearest_codes, squared_error};
 
-use super::{CodebookReport, CodebookUpdate, Quantized, Quantizer};
+use super::{
+    CodebookReport, CodebookUpdate, Quantized, QuantizedMap, Quantizer, TrainingStep, through_graph,
+};
 use super::{kmeans, rows, update, zero_like};
 use crate::part::Builder;
 use crate::{CodebookRule, GradientEstimator, QuantizerConfig, Result};
@@ -68,6 +70,11 @@ impl VectorQuantizer {
         Ok(rows.broadcast_div(&norm)?)
     }
 
+    /// Whether vectors are replaced as they are, their gradient straight through.
+    fn is_plain(&self) -> bool {
+        !self.config.cosine && self.config.gradient_estimator == GradientEstimator::StraightThrough
+    }
+
     /// The codes `[N]` of `z_e` `[…,D]`.
     pub(super) fn nearest(&self, z_e: &Tensor) -> Result<Tensor> {
         Ok(nearest_codes(&self.vectors(z_e)?, &self.codebook()?)?)
@@ -100,6 +107,14 @@ impl VectorQuantizer {
     }
 }
 
+/// ‖sg\[z\] − e‖² of what is trained by it, if anything is.
+fn codebook_loss(z: &Tensor, trained: Option<&Tensor>) -> Result<Tensor> {
+    match trained {
+        Some(trained) => Ok(squared_error(&z.detach().reshape(trained.dims())?, trained)?),
+        None => zero_like(z),
+    }
+}
+
 impl Quantizer for VectorQuantizer {
     fn codebook_size(&self) -> usize {
         self.config.codebook_size
@@ -114,21 +129,35 @@ impl Quantizer for VectorQuantizer {
         let (trained, e) = self.lookup(&codes)?;
         let (b, h, w, _) = z_e.dims4()?;
         // Where a vector is one with its neighbours as it came, no step of the graph has to take them apart.
-        let is_plain = !self.config.cosine
-            && self.config.gradient_estimator == GradientEstimator::StraightThrough;
+        let is_plain = self.is_plain();
         let (z, e) =
             if is_plain { (z_e.clone(), e.reshape(z_e.dims())?) } else { (self.flatten(z_e)?, e) };
-        let codebook_loss = match &trained {
-            Some(trained) => squared_error(&z.detach().reshape(trained.dims())?, trained)?,
-            None => zero_like(&e)?,
-        };
         let z_q = self.config.gradient_estimator.apply(&z, &e)?;
         Ok(Quantized {
             z_q: if is_plain { z_q } else { z_q.reshape(z_e.dims())? },
             codes: codes.reshape((b, h, w))?,
-            codebook_loss,
+            codebook_loss: codebook_loss(&z, trained.as_ref())?,
             commitment_loss: squared_error(&z, &e)?,
             entropy_loss: None,
+        })
+    }
+
+    fn quantize_map(&self, z_e: &FeatureMap, step: Option<TrainingStep>) -> Result<QuantizedMap> {
+        if !self.is_plain() {
+            return through_graph(self, z_e, step);
+        }
+        let z = z_e.values()?;
+        let codes = self.nearest(&z)?;
+        let (trained, e) = self.lookup(&codes)?;
+        let (b, h, w, _) = z.dims4()?;
+        let Replaced { map, error } = z_e.replace(&z, &e.reshape(z.dims())?)?;
+        Ok(QuantizedMap {
+            codes: codes.reshape((b, h, w))?,
+            codebook_loss: codebook_loss(&z, trained.as_ref())?,
+            commitment_loss: error,
+            entropy_loss: None,
+            z_e: z,
+            z_q: map,
         })
     }
 

@@ -2,11 +2,14 @@
 
 use candle_core::cuda::cudarc::driver::{DeviceRepr, PushKernelArg};
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
+    bail,
 };
 
 use super::layers::counters;
-use super::{address, address_or_null, cuda_device, grid, launch, per_element, tensor, view};
+use super::{
+    Element, address, address_or_null, cuda_device, grid, launch, per_element, tensor, view,
+};
 use crate::dropout::{DropSeed, threshold_and_scale};
 use crate::optimizer::{AdamWSlot, AdamWStep};
 
@@ -35,6 +38,9 @@ struct SumSlot {
     from: u64,
     count: u64,
 }
+
+/// Elements that a thread takes at once.
+const GROUP: usize = 8;
 
 /// One launch's tensors.
 #[repr(C)]
@@ -295,6 +301,111 @@ pub(crate) fn squared_error(
     let config = grid(blocks as u32, 1);
     launch!(device, "squared_error", config, &a, &b, &partial, &to, &counter, &n, &factor);
     Ok(CudaStorage::wrap_cuda_slice(to, device.clone()))
+}
+
+/// factor·Σ(x − image)² of contiguous f32 `x` `[B, H, W, C]` and images `[B, C, H, W]`: a scalar.
+pub(crate) fn image_error(
+    (x, x_layout): (&CudaStorage, &Layout),
+    (images, images_layout): (&CudaStorage, &Layout),
+    factor: f64,
+) -> Result<CudaStorage> {
+    let device = &x.device;
+    let (_, h, w, c) = x_layout.shape().dims4()?;
+    let (x, images) = (view::<f32>(x, x_layout)?, view::<f32>(images, images_layout)?);
+    if x.len() != images.len() {
+        bail!("{} numbers beside {}", x.len(), images.len());
+    }
+    let blocks = x.len().div_ceil(2048).clamp(1, 4 * BLOCKS);
+    // SAFETY: the kernel writes every element.
+    #[allow(unsafe_code)]
+    let (partial, to) = unsafe { (device.alloc::<f64>(blocks)?, device.alloc::<f32>(1)?) };
+    let (n, counter) = (x.len() as u64, counters(device)?);
+    let (pixels, channels) = ((h * w) as u32, c as u32);
+    let config = grid(blocks as u32, 1);
+    launch!(
+        device,
+        "image_error",
+        config,
+        &x,
+        &images,
+        &partial,
+        &to,
+        &counter,
+        &n,
+        &factor,
+        &pixels,
+        &channels
+    );
+    Ok(CudaStorage::wrap_cuda_slice(to, device.clone()))
+}
+
+/// The gradient of [`image_error`] in x where the scalar's is `grad`.
+pub(crate) fn image_error_gradient(
+    x: &Tensor,
+    images: &Tensor,
+    grad: &Tensor,
+    factor: f64,
+) -> Result<Tensor> {
+    let device = cuda_device(x)?;
+    let (_, h, w, c) = x.dims4()?;
+    let count = x.elem_count();
+    // SAFETY: the kernel writes every element.
+    #[allow(unsafe_code)]
+    let to = unsafe { device.alloc::<f32>(count) }?;
+    let (x_at, images_at) = (address::<f32>(x)?, address::<f32>(images)?);
+    let grad_at = address::<f32>(grad)?;
+    let (n, factor) = (count as u64, (2. * factor) as f32);
+    let (pixels, channels) = ((h * w) as u32, c as u32);
+    let name = "image_error_gradient";
+    let config = per_element(count);
+    launch!(
+        &device, name, config, &x_at, &images_at, &grad_at, &to, &n, &factor, &pixels, &channels
+    );
+    Ok(tensor(CudaStorage::wrap_cuda_slice(to, device), x.shape()))
+}
+
+/// The mean of (a − b)².
+pub(crate) fn error_between(a: &Tensor, b: &Tensor) -> Result<(CudaStorage, Shape)> {
+    let ((a_storage, a_layout), (b_storage, b_layout)) =
+        (a.storage_and_layout(), b.storage_and_layout());
+    let (Storage::Cuda(x), Storage::Cuda(y)) = (&*a_storage, &*b_storage) else {
+        bail!("needs tensors on the CUDA device")
+    };
+    let factor = 1. / a.elem_count() as f64;
+    Ok((squared_error((x, a_layout), (y, b_layout), factor)?, Shape::from(())))
+}
+
+/// The gradient of the mean of (a − b)², times `grad`, in a: of that type and of the shape of a.
+pub(crate) fn error_gradient(
+    a: &Tensor,
+    b: &Tensor,
+    grad: &Tensor,
+    dtype: DType,
+) -> Result<Tensor> {
+    match dtype {
+        DType::BF16 => error_gradient_as::<half::bf16>(a, b, grad),
+        _ => error_gradient_as::<f32>(a, b, grad),
+    }
+}
+
+fn error_gradient_as<T: Element>(a: &Tensor, b: &Tensor, grad: &Tensor) -> Result<Tensor> {
+    let device = cuda_device(a)?;
+    let count = a.elem_count();
+    if b.elem_count() != count {
+        bail!("{:?} beside {:?}", a.shape(), b.shape());
+    }
+    // SAFETY: the kernel writes every element.
+    #[allow(unsafe_code)]
+    let to = unsafe { device.alloc::<T>(count) }?;
+    let (a_at, b_at, grad_at) = (address::<f32>(a)?, address::<f32>(b)?, address::<f32>(grad)?);
+    let is_grouped = count.is_multiple_of(GROUP)
+        && [a, b].iter().all(|x| x.layout().start_offset().is_multiple_of(GROUP));
+    let (group, ending) = if is_grouped { (GROUP, "_grouped") } else { (1, "") };
+    let name = format!("error_gradient_{}{ending}", T::NAME);
+    let (n, factor) = ((count / group) as u64, (2. / count as f64) as f32);
+    let config = per_element(count / group);
+    launch!(&device, &name, config, &a_at, &b_at, &grad_at, &to, &n, &factor);
+    Ok(tensor(CudaStorage::wrap_cuda_slice(to, device), a.shape()))
 }
 
 /// The gradients of [`squared_error`] where the scalar's is `grad`.

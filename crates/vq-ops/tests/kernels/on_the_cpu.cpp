@@ -286,6 +286,14 @@ static void errors(u32 n, u32 blocks) {
     for (u32 i = 0; i < n; i++) {
         check(near(of_a[i], 2 * (a[i] - b[i]), 1e-6) && of_b[i] == -of_a[i], "squared_error_gradient");
     }
+    const u32 groups = n / 8;
+    Padded<float> x(a), y(b), gradients{std::vector<float>(n)};
+    Padded<bf16> rounded_gradients{std::vector<bf16>(n)};
+    launch({2, 1, 1}, 32, [&] { error_gradient<float, 8>(x.at, y.at, &grad, gradients.at, groups, 4.f); });
+    launch({2, 1, 1}, 32, [&] { error_gradient<bf16, 8>(x.at, y.at, &grad, rounded_gradients.at, groups, 4.f); });
+    for (u32 i = 0; i < 8 * groups; i++) {
+        check(gradients.at[i] == of_a[i] && rounded_gradients.at[i] == from_float<bf16>(of_a[i]), "error_gradient");
+    }
     launch({1, 1, 1}, 32, [&] { weighted_sum(&a[0], &b[0], &grad, &to, 2, 3, 4); });
     check(near(to, 2 * a[0] + 3 * b[0] + 2, 1e-5), "weighted_sum");
     NumberTable table = {};
@@ -293,6 +301,31 @@ static void errors(u32 n, u32 blocks) {
     float both[2];
     launch({1, 1, 1}, 32, [&] { collect(table, both, 2); });
     check(both[0] == grad && both[1] == b[0], "collect");
+}
+
+static void errors_of_images(u32 batch, u32 pixels, u32 channels, u32 blocks) {
+    const u32 n = batch * pixels * channels;
+    auto x = noise(n), images = noise(n);
+    std::vector<double> partial(blocks);
+    std::vector<float> gradient(n);
+    float to, grad = 0.5f;
+    u32 counter = 0;
+    launch({blocks, 1, 1}, 256, [&] {
+        image_error(x.data(), images.data(), partial.data(), &to, &counter, n, 3. / n, pixels, channels);
+    });
+    launch({2, 1, 1}, 32, [&] {
+        image_error_gradient(x.data(), images.data(), &grad, gradient.data(), n, 4.f, pixels, channels);
+    });
+    double sum = 0;
+    for (u32 b = 0; b < batch; b++)
+        for (u32 p = 0; p < pixels; p++)
+            for (u32 c = 0; c < channels; c++) {
+                const u32 i = (b * pixels + p) * channels + c;
+                const double difference = x[i] - images[(b * channels + c) * pixels + p];
+                sum += difference * difference;
+                check(near(gradient[i], 2 * difference, 1e-6), "image_error_gradient");
+            }
+    check(near(to, 3 * sum / n, 1e-6) && counter == 0, "image_error");
 }
 
 static void codes(u32 count, u32 size, u32 dim, bool ties) {
@@ -486,6 +519,7 @@ int main() {
     joining<float, float, 1>(3, 4, 2, 7); joining<bf16, bf16, 1>(5, 8, 1, 8); joining<float, bf16, 1>(3, 3, 5, 8);
     joining<bf16, float, 8>(16, 24, 8, 24); joining<bf16, bf16, 8>(8, 8, 16, 32); joining<float, bf16, 8>(8, 16, 8, 16);
     errors(1, 1); errors(1000, 3);
+    errors_of_images(2, 35, 3, 3); errors_of_images(3, 7, 1, 1);
     codes(1, 1, 1, false); codes(70, 5, 3, false); codes(130, 100, 20, true); codes(65, 64, 64, true);
     looking_up<1>(3); looking_up<4>(12);
     codes(5, 2, 300, true); codes(2100, 7, 4, false);

@@ -99,15 +99,9 @@ extern "C" __global__ void dropout(const float* from, float* to, u64 n, const u3
     }
 }
 
-// factor·Σ(a − b)². Each block adds up some elements, and the last one the blocks. 256 threads.
-extern "C" __global__ void squared_error(const float* a, const float* b, double* partial, float* to,
-                                         u32* counter, u64 n, double factor) {
+// factor·Σ of `sum` over all threads. Each block adds up its own, and the last one the blocks. 256 threads.
+__device__ inline void sum_up(double sum, double* partial, float* to, u32* counter, double factor) {
     __shared__ double sums[256];
-    double sum = 0.;
-    for (u64 i = thread_number(); i < n; i += thread_count()) {
-        float x = a[i] - b[i];
-        sum += (double)x * x;
-    }
     sums[threadIdx.x] = sum;
     for (u32 width = 128; width > 0; width /= 2) {
         __syncthreads();
@@ -125,6 +119,43 @@ extern "C" __global__ void squared_error(const float* a, const float* b, double*
     if (threadIdx.x == 0) to[0] = (float)(sums[0] * factor);
 }
 
+// factor·Σ(a − b)². 256 threads.
+extern "C" __global__ void squared_error(const float* a, const float* b, double* partial, float* to,
+                                         u32* counter, u64 n, double factor) {
+    double sum = 0.;
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        float x = a[i] - b[i];
+        sum += (double)x * x;
+    }
+    sum_up(sum, partial, to, counter, factor);
+}
+
+// Where element number i of [batch][pixels][channels] lies in [batch][channels][pixels].
+__device__ inline u64 channels_first(u64 i, u32 pixels, u32 channels) {
+    const u64 pixel = quotient(i, channels), image = quotient(pixel, pixels);
+    return (image * channels + (i - pixel * channels)) * pixels + (pixel - image * pixels);
+}
+
+// The same of x [batch][pixels][channels] and images [batch][channels][pixels]. 256 threads.
+extern "C" __global__ void image_error(const float* x, const float* images, double* partial, float* to, u32* counter,
+                                       u64 n, double factor, u32 pixels, u32 channels) {
+    double sum = 0.;
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        float difference = x[i] - images[channels_first(i, pixels, channels)];
+        sum += (double)difference * difference;
+    }
+    sum_up(sum, partial, to, counter, factor);
+}
+
+// factor·grad·(x − images), as x.
+extern "C" __global__ void image_error_gradient(const float* x, const float* images, const float* grad, float* to,
+                                                u64 n, float factor, u32 pixels, u32 channels) {
+    const float scale = factor * *grad;
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        to[i] = scale * (x[i] - images[channels_first(i, pixels, channels)]);
+    }
+}
+
 // factor·grad·(a − b): of_a, and its opposite of_b, each where it is not null.
 extern "C" __global__ void squared_error_gradient(const float* a, const float* b, const float* grad, float* of_a,
                                                   float* of_b, u64 n, float factor) {
@@ -135,6 +166,31 @@ extern "C" __global__ void squared_error_gradient(const float* a, const float* b
         if (of_b) of_b[i] = -x;
     }
 }
+
+// factor·grad·(a − b), in n groups of N.
+template <typename T, int N>
+__device__ void error_gradient(const float* __restrict__ a, const float* __restrict__ b, const float* grad,
+                               T* __restrict__ to, u64 n, float factor) {
+    const float scale = factor * *grad;
+    for (u64 i = thread_number(); i < n; i += thread_count()) {
+        const Group<float, N> x = ((const Group<float, N>*)a)[i], y = ((const Group<float, N>*)b)[i];
+        float values[N];
+        for (int j = 0; j < N; j++) values[j] = scale * (x.at[j] - y.at[j]);
+        Group<T, N> all;
+        all.set(values);
+        ((Group<T, N>*)to)[i] = all;
+    }
+}
+
+#define ERROR_GRADIENT(T, name, N)                                                                          \
+    extern "C" __global__ void error_gradient_##name(const float* a, const float* b, const float* grad, T* to, \
+                                                     u64 n, float factor) {                                 \
+        error_gradient<T, N>(a, b, grad, to, n, factor);                                                    \
+    }
+ERROR_GRADIENT(float, f32, 1)
+ERROR_GRADIENT(bf16, bf16, 1)
+ERROR_GRADIENT(float, f32_grouped, 8)
+ERROR_GRADIENT(bf16, bf16_grouped, 8)
 
 // wx·x + wy·y + wz·z of three numbers.
 extern "C" __global__ void weighted_sum(const float* x, const float* y, const float* z, float* to, float wx,
