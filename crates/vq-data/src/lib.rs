@@ -46,6 +46,6 @@ pub use codes::{
 pub use dataset::{BrokenFile, Dataset, ImageShape, InMemory, Splits, pixel_variance};
 pub use error::Error;
 pub use folder::Indexing;
-pub use loader::{Batch, Batches, Loader, LoaderOptions, Picks, RawBatch};
+pub use loader::{Batch, Batches, Loader, LoaderOptions, Picks, PixelRoute, RawBatch};
 pub use normalization::Normalization;
 pub use source::{OnBroken, OpenOptions, Source, open, open_watched};

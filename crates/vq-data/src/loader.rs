@@ -63,6 +63,16 @@ pub struct RawBatch {
     pub mirrored: Vec<bool>,
 }
 
+/// What takes the pixels of [`RawBatch`]es to a device.
+pub trait PixelRoute: Send + Sync {
+    /// Has `write` set so many bytes, and takes them there: u8 of that shape `[B,C,H,W]`, ready for any thread.
+    fn take(
+        &self,
+        shape: [usize; 4],
+        write: &mut dyn FnMut(&mut [u8]) -> Result<(), Error>,
+    ) -> Result<Tensor, Error>;
+}
+
 /// What a batch holds, without the pixels.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Picks {
@@ -83,6 +93,8 @@ pub struct Loader {
     tables: Arc<[[f32; 256]]>,
     options: LoaderOptions,
     device: Device,
+    /// For raw batches, instead of `device`.
+    route: Option<Arc<dyn PixelRoute>>,
     /// Threads of its own for costly reads: waiting for the global pool could wait for the very
     /// thread that waits for the batch.
     pool: Option<Arc<rayon::ThreadPool>>,
@@ -118,7 +130,8 @@ impl Loader {
             None
         };
         let tables = normalization.tables().into();
-        Ok(Self { dataset, normalization, tables, options, device: Device::Cpu, pool })
+        let device = Device::Cpu;
+        Ok(Self { dataset, normalization, tables, options, device, route: None, pool })
     }
 
     /// The same batches with their images on `device`: with [`LoaderOptions::prefetch`] they are copied
@@ -126,6 +139,13 @@ impl Loader {
     #[must_use]
     pub fn on_device(mut self, device: &Device) -> Self {
         self.device = device.clone();
+        self
+    }
+
+    /// The same batches, whose pixels go to a device by `route` where they are [as they are](Self::raw_epoch).
+    #[must_use]
+    pub fn with_route(mut self, route: Arc<dyn PixelRoute>) -> Self {
+        self.route = Some(route);
         self
     }
 
@@ -370,14 +390,20 @@ fn make_raw_batch(
     indices: Vec<usize>,
     stop: &AtomicBool,
 ) -> Result<RawBatch, Error> {
-    let Loader { dataset, device, .. } = loader;
+    let Loader { dataset, device, route, .. } = loader;
     let shape = dataset.shape();
-    let mut pixels = vec![0_u8; indices.len() * shape.pixels()];
-    loader.read_each(&indices, &mut pixels, stop, |(): &mut (), index, out| {
-        dataset.read(index, out)
-    })?;
-    let dims = (indices.len(), shape.channels, shape.height, shape.width);
-    let pixels = loader.to_device(Tensor::from_vec(pixels, dims, device)?)?;
+    let mut read = |pixels: &mut [u8]| {
+        let read = |(): &mut (), index, out: &mut [u8]| dataset.read(index, out);
+        loader.read_each(&indices, pixels, stop, read)
+    };
+    let dims = [indices.len(), shape.channels, shape.height, shape.width];
+    let pixels = if let Some(route) = route {
+        route.take(dims, &mut read)?
+    } else {
+        let mut pixels = vec![0_u8; dims.iter().product()];
+        read(&mut pixels)?;
+        loader.to_device(Tensor::from_vec(pixels, &dims[..], device)?)?
+    };
     let mirrored = indices.iter().map(|&index| plan.is_mirrored(index)).collect();
     Ok(RawBatch { pixels, mirrored })
 }

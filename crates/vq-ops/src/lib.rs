@@ -57,6 +57,7 @@ mod scalars;
 mod shift;
 mod softmax;
 mod stack;
+mod staging;
 mod storage;
 mod swiglu;
 #[cfg(test)]
@@ -96,5 +97,6 @@ pub use scalars::{collect_scalars, weighted_sum};
 pub use shift::shift;
 pub use softmax::{attention_weights, cross_entropy};
 pub use stack::{Layer, Stack};
+pub use staging::Staging;
 pub use swiglu::swiglu;
 pub use transformer_stack::TransformerLayers;

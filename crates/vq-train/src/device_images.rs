@@ -1,8 +1,10 @@
 //! Images on the device, and batches made of them there.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use candle_core::{Device, Tensor};
-use vq_data::{Dataset, Loader, RawBatch};
-use vq_ops::MIRRORED;
+use vq_data::{Dataset, Loader, PixelRoute, RawBatch};
+use vq_ops::{MIRRORED, Staging};
 
 use crate::Result;
 
@@ -42,12 +44,15 @@ impl DeviceImages {
         Ok(Self { pixels: Some(pixels), ..Self::stream(loader, device)? })
     }
 
-    /// Takes each batch's images to `device` when it is due.
+    /// Takes each batch's images to `device` when it is due: on CUDA through page-locked memory, from which they are
+    /// copied beside the device's other work.
     pub fn stream(loader: &Loader, device: &Device) -> Result<Self> {
         let channels = loader.dataset().shape().channels;
         let tables = loader.normalization().tables().concat();
         let tables = Tensor::from_vec(tables, (channels, 256), device)?;
-        Ok(Self { loader: loader.clone().on_device(device), pixels: None, tables })
+        let route = Arc::new(Route { device: device.clone(), spare: Mutex::default() });
+        let loader = loader.clone().on_device(device).with_route(route);
+        Ok(Self { loader, pixels: None, tables })
     }
 
     /// What [`Loader::epoch`] gives: f32 `[B,C,H,W]` of each batch from number `first_batch` on, on the
@@ -68,6 +73,33 @@ impl DeviceImages {
         Box::new(self.loader.picks(epoch, first_batch).map(move |picks| {
             gather(&pixels, picks.indices.into_iter().zip(picks.mirrored), &tables)
         }))
+    }
+}
+
+/// To the device by way of memory that is used again.
+struct Route {
+    device: Device,
+    spare: Mutex<Vec<Staging>>,
+}
+
+impl PixelRoute for Route {
+    fn take(
+        &self,
+        shape: [usize; 4],
+        write: &mut dyn FnMut(&mut [u8]) -> std::result::Result<(), vq_data::Error>,
+    ) -> std::result::Result<Tensor, vq_data::Error> {
+        let len = shape.iter().product();
+        let spare = || self.spare.lock().unwrap_or_else(PoisonError::into_inner);
+        // A last batch can be smaller.
+        let fits = spare().pop().filter(|staging| staging.len() == len);
+        let mut staging = match fits {
+            Some(staging) => staging,
+            None => Staging::new(len, &self.device)?,
+        };
+        write(staging.bytes()?)?;
+        let pixels = staging.upload(&shape[..])?;
+        spare().push(staging);
+        Ok(pixels)
     }
 }
 

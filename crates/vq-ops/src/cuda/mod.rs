@@ -16,7 +16,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::cuda::cudarc::cudnn::CudnnDataType;
 use candle_core::cuda::cudarc::driver::{
-    CudaFunction, CudaView, DevicePtr, DeviceRepr, LaunchConfig, ValidAsZeroBits, result, sys,
+    CudaFunction, CudaView, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice, ValidAsZeroBits,
+    result, sys,
 };
 use candle_core::cuda::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::cuda::{CudaDType, DeviceId, WrapErr};
@@ -80,6 +81,28 @@ fn keep_memory(device: &CudaDevice) -> Result<()> {
         })
     };
     set.w()
+}
+
+/// Page-locked memory of the host, all 0.
+pub(crate) fn lock_memory(device: &CudaDevice, len: usize) -> Result<PinnedHostSlice<u8>> {
+    let stream = device.cuda_stream();
+    // SAFETY: any bytes are u8s, and all of them are set below.
+    #[allow(unsafe_code)]
+    let locked = unsafe { stream.context().alloc_pinned_with_flags::<u8>(len, 0) };
+    let mut locked = locked.w()?;
+    locked.as_mut_slice().w()?.fill(0);
+    Ok(locked)
+}
+
+/// A copy on the device; comes back when it is there, for whichever thread uses it.
+pub(crate) fn upload(bytes: &PinnedHostSlice<u8>, shape: Shape, device: &Device) -> Result<Tensor> {
+    let Device::Cuda(device) = device else { bail!("needs the CUDA device") };
+    // SAFETY: the copy writes every element.
+    #[allow(unsafe_code)]
+    let mut to = unsafe { device.alloc::<u8>(bytes.len()) }?;
+    device.memcpy_htod(bytes, &mut to)?;
+    device.cuda_stream().synchronize().w()?;
+    Ok(tensor(CudaStorage::wrap_cuda_slice(to, device.clone()), shape))
 }
 
 /// Types of a feature map's elements.
