@@ -41,7 +41,7 @@ pub use config::{Config, FORMAT_VERSION, LevelConfig, Normalization};
 pub use error::{Error, Result};
 pub use geometry::{CodebookGeometry, Range, codebook_drift};
 pub use likelihood::Likelihood;
-pub use model::{Output, VqVae};
+pub use model::{Decoded, Output, VqVae};
 pub use quantizer::{
     CodebookReport, CodebookUpdate, Quantized, QuantizedMap, Quantizer, TrainingStep,
     VectorQuantizer, rotation, straight_through,

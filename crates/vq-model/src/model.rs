@@ -35,14 +35,20 @@ pub struct VqVae {
     buffers: BTreeMap<String, Var>,
 }
 
+/// A reconstruction, in the model's range, not clamped.
+#[derive(Clone, Debug)]
+pub enum Decoded {
+    /// x̂ as the decoder gives it, `[B,H,W,C]`.
+    Map(FeatureMap),
+    /// Of a model with a likelihood: the mean of p(x|z), `[B,C,H,W]`, which has no gradient.
+    Mean(Tensor),
+}
+
 /// What [`VqVae::forward`] gives.
 #[derive(Clone, Debug)]
 pub struct Output {
-    /// x̂ `[B,C,H,W]` in the model's range, not clamped. Of a model with a likelihood it is the mean of
-    /// p(x|z), and has no gradient.
-    pub reconstruction: Tensor,
-    /// The same as the decoder gives it, `[B,H,W,C]`; none for a model with a likelihood.
-    pub decoded: Option<Tensor>,
+    /// What the decoder gives: see [`reconstruction`](Self::reconstruction).
+    pub decoded: Decoded,
     /// −ln p(x|z) in nats, of a position's channels together: `[B,H,W]`; none for a model without a
     /// [`Likelihood`](crate::Likelihood). x is the nearest of the 256 values of each pixel.
     pub nats: Option<Tensor>,
@@ -62,6 +68,17 @@ pub struct Output {
     /// The encoders' outputs `[B,h,w,D]`, bottom first, detached: what
     /// [`VqVae::initialize_codebooks`] and [`VqVae::update_codebooks`] take.
     pub z_e: Vec<Tensor>,
+}
+
+impl Output {
+    /// x̂ `[B,C,H,W]` in the model's range, not clamped. Of a model with a likelihood it is the mean of
+    /// p(x|z), and has no gradient.
+    pub fn reconstruction(&self) -> Result<Tensor> {
+        match &self.decoded {
+            Decoded::Map(map) => Ok(channels_first(&map.tensor()?)?),
+            Decoded::Mean(mean) => Ok(mean.clone()),
+        }
+    }
 }
 
 impl VqVae {
@@ -158,7 +175,7 @@ impl VqVae {
                 Ok(if is_shown { map } else { map.zeros_like()? }.into())
             })
             .collect::<Result<_>>()?;
-        self.decode_maps(&maps, false)
+        Ok(self.decode_maps(&maps, false)?.tensor()?)
     }
 
     /// [`encode`](Self::encode) and [`decode`](Self::decode): `[B,C,H,W]` to `[B,C,H,W]`.
@@ -363,16 +380,15 @@ impl VqVae {
         let no_level = || Error::config("levels", "must hold at least one level");
         let (codebook_loss, commitment_loss) = losses.ok_or_else(no_level)?;
         let decoded = self.decode_maps(&maps, tracked)?;
-        let (reconstruction, decoded, nats) = match self.config.pixel_distribution() {
-            None => (channels_first(&decoded)?, Some(decoded), None),
+        let (decoded, nats) = match self.config.pixel_distribution() {
+            None => (Decoded::Map(decoded), None),
             Some(distribution) => {
                 let images = images.to_device(&self.device)?;
-                let judged = judge(&self.config, distribution, &decoded, &images)?;
-                (judged.means, None, Some(judged.nats))
+                let judged = judge(&self.config, distribution, &decoded.tensor()?, &images)?;
+                (Decoded::Mean(judged.means), Some(judged.nats))
             }
         };
         Ok(Output {
-            reconstruction,
             decoded,
             nats,
             codes: Codes { levels: codes },
@@ -397,7 +413,7 @@ impl VqVae {
         let images = FeatureMap::from(channels_last(&self.check_images(images)?)?);
         for level in &self.levels {
             let input = [(features.last().unwrap_or(&images), 1)];
-            features.push(level.encoder.features(&input, tracked)?);
+            features.push(level.encoder.forward(&input, tracked)?);
         }
         drop(images);
         // Top first until the end.
@@ -409,8 +425,8 @@ impl VqVae {
             let z_e = match (&level.projection, self.levels.get(index + 1)) {
                 (Some(projection), Some(above)) => {
                     let decoded =
-                        above.decoder.features(&self.repeated(index + 1, &maps), tracked)?;
-                    projection.features(&[(&own, 1), (&decoded, 1)], tracked)?
+                        above.decoder.forward(&self.repeated(index + 1, &maps), tracked)?;
+                    projection.forward(&[(&own, 1), (&decoded, 1)], tracked)?
                 }
                 _ => own,
             };
@@ -429,7 +445,7 @@ impl VqVae {
     }
 
     /// The levels' `z_q` `[B,h,w,D]`, bottom first, to what the decoder gives `[B,H,W,…]`.
-    fn decode_maps(&self, maps: &[FeatureMap], tracked: bool) -> Result<Tensor> {
+    fn decode_maps(&self, maps: &[FeatureMap], tracked: bool) -> Result<FeatureMap> {
         match self.levels.first() {
             Some(bottom) => bottom.decoder.forward(&self.repeated(0, maps), tracked),
             None => Err(Error::config("levels", "must hold at least one level")),

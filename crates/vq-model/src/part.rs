@@ -37,12 +37,7 @@ impl Part {
 
     /// Maps side by side, each pixel so many times in both directions, `[B,h,w,ΣC]`, to `[B,h',w',C']`.
     /// Differentiable where `tracked`; otherwise no graph is recorded and no activation kept.
-    pub(crate) fn forward(&self, x: &[(&FeatureMap, usize)], tracked: bool) -> Result<Tensor> {
-        Ok(self.stack.forward_joined(x, &self.params(tracked))?)
-    }
-
-    /// [`forward`](Self::forward) to features that other parts take.
-    pub(crate) fn features(&self, x: &[(&FeatureMap, usize)], tracked: bool) -> Result<FeatureMap> {
+    pub(crate) fn forward(&self, x: &[(&FeatureMap, usize)], tracked: bool) -> Result<FeatureMap> {
         Ok(self.stack.forward_map(x, &self.params(tracked))?)
     }
 

@@ -20,7 +20,7 @@ fn step(quantizer: &QuantizerConfig) {
     let model = VqVae::new(&config, 0, &vq_ops::test_device()).unwrap();
     let images = images(&config, 4, 0);
     let output = model.forward_training(&images, TrainingStep::default()).unwrap();
-    let mut loss = output.reconstruction.sqr().unwrap().mean_all().unwrap();
+    let mut loss = output.reconstruction().unwrap().sqr().unwrap().mean_all().unwrap();
     loss = (loss + output.commitment_loss).unwrap();
     if let Some(entropy) = output.entropy_loss {
         loss = (loss + entropy).unwrap();

@@ -31,8 +31,7 @@ pub(crate) fn run(
     run_joined(steps, precision, Joined::of(x)?, params, false)?.tensor()
 }
 
-/// [`run`] on maps side by side. What it gives stays beside the graph where `beside`, unless it is put together of
-/// windows.
+/// [`run`] on maps side by side. What it gives stays beside the graph where `beside`.
 pub(crate) fn run_joined(
     mut steps: Vec<Step>,
     precision: Precision,
@@ -45,8 +44,12 @@ pub(crate) fn run_joined(
     let ends = Ends::new(&mut steps, precision, channels, detached.last())?;
     let packed = Packed::new(&steps, &detached, ends.dtype)?;
     let (output, tape) = forward(&steps, &ends, &x, &packed)?;
-    let beside = beside && ends.last.is_none();
-    let map = beside.then(|| Beside::new(output.clone(), ends.channels));
+    let map = match &ends.last {
+        _ if !beside => None,
+        // Images, put together of windows.
+        Some(_) => Some(Beside::new(ends.leave(&output)?, ends.channels)),
+        None => Some(Beside::new(output.clone(), ends.channels)),
+    };
     let tracked = params.iter().find(|param| param.track_op());
     if x.lead.is_none() && tracked.is_none() {
         return match map {
@@ -181,6 +184,14 @@ impl Ends {
                 let channels = self.channels.next_multiple_of(self.group);
                 Ok(Back { grad: enter(grad, self.dtype, channels)?, sums: None })
             }
+        }
+    }
+
+    /// The gradient of a map that was left beside the graph as the last step takes it.
+    fn take_back(&self, grad: Tensor) -> Result<Back> {
+        match &self.last {
+            Some(_) => self.enter_back(&grad),
+            None => Ok(Back { grad, sums: None }),
         }
     }
 
@@ -545,7 +556,7 @@ impl CustomOp2 for DeviceStack {
             }
         };
         let back = match &self.of_output {
-            Some(collected) => Back { grad: collected.take()?, sums: None },
+            Some(collected) => self.ends.take_back(collected.take()?)?,
             None => self.ends.enter_back(&grad.detach().contiguous()?)?,
         };
         let of_parameters = self.delivery.is_some() || second.track_op();

@@ -8,7 +8,7 @@ use candle_core::{
 
 #[cfg(feature = "cuda")]
 use crate::dispatch::on_cuda;
-use crate::pointwise::{replace_value, squared_error};
+use crate::pointwise::{channels_last, image_error, replace_value, squared_error};
 use crate::primitives::{Outputs, enter, finish, leave};
 
 /// A feature map `[B, H, W, C]` that [stacks](crate::Stack) give and take.
@@ -52,6 +52,20 @@ impl FeatureMap {
             Form::InGraph(map) => Ok(map.detach()),
             Form::Beside(map) => leave(&map.values, map.channels),
         }
+    }
+
+    /// [`image_error`](crate::image_error()) of the map.
+    pub fn image_error(&self, images: &Tensor, factor: f64) -> Result<Tensor> {
+        let Form::Beside(map) = &self.0 else {
+            return image_error(&self.tensor()?, images, factor);
+        };
+        let values = self.values()?;
+        let Some(place) = &map.place else { return image_error(&values, images, factor) };
+        if images.dims4()? != dims_of_images(&values)? {
+            bail!("images {:?} beside {:?}", images.shape(), values.shape());
+        }
+        let (map, images) = (map.clone(), images.detach().contiguous()?);
+        place.apply_op1(ImageErrorOf { map, values, images, factor })
     }
 
     /// The same map, of which no gradient is asked.
@@ -282,6 +296,57 @@ impl CustomOp1 for ErrorOf {
         gradient.add(error_gradient(exact, others, &grad.detach(), (dtype, channels))?)?;
         Ok(Some(place.detach()))
     }
+}
+
+/// `factor` times the mean squared error of a map, whose values are given as they are in the graph, from images.
+struct ImageErrorOf {
+    map: Beside,
+    values: Tensor,
+    /// `[B, C, H, W]`
+    images: Tensor,
+    factor: f64,
+}
+
+impl CustomOp1 for ImageErrorOf {
+    fn name(&self) -> &'static str {
+        "vq-image-error-of-map"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        cpu_storage(&image_error(&self.values, &self.images, self.factor)?)
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        _: &candle_core::CudaStorage,
+        _: &Layout,
+    ) -> Result<(candle_core::CudaStorage, Shape)> {
+        crate::cuda::training::error_from_images(&self.values, &self.images, self.factor)
+    }
+
+    fn bwd(&self, place: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
+        let Self { map: Beside { values, gradient, .. }, values: exact, images, factor } = self;
+        let of_values = image_error_gradient(exact, images, &grad.detach(), *factor)?;
+        gradient.add(enter(&of_values, values.dtype(), values.dim(D::Minus1)?)?)?;
+        Ok(Some(place.detach()))
+    }
+}
+
+/// The gradient of `factor` times the mean of (x − image)², times `grad`, in x `[B, H, W, C]`.
+fn image_error_gradient(x: &Tensor, images: &Tensor, grad: &Tensor, factor: f64) -> Result<Tensor> {
+    let factor = factor / x.elem_count() as f64;
+    #[cfg(feature = "cuda")]
+    if on_cuda(x.device()) {
+        return crate::cuda::training::image_error_gradient(x, images, grad, factor);
+    }
+    (x.sub(&channels_last(images)?)? * (2. * factor))?.broadcast_mul(grad)
+}
+
+/// `[B, C, H, W]` of images beside a map.
+fn dims_of_images(map: &Tensor) -> Result<(usize, usize, usize, usize)> {
+    let (b, h, w, c) = map.dims4()?;
+    Ok((b, c, h, w))
 }
 
 /// The gradient of the mean of (a − b)², times `grad`, in a as a map of that format.

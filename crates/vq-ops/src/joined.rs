@@ -164,7 +164,7 @@ mod tests {
     use super::*;
     use crate::dispatch::{only_composed, only_primitives};
     use crate::testing::{noise, relative_error, values};
-    use crate::{Conv2d, Gradients, Layer, Precision, Replaced, Stack};
+    use crate::{Conv2d, ConvTranspose2d, Gradients, Layer, Precision, Replaced, Stack};
 
     #[track_caller]
     fn assert_alike(ours: &[Vec<f32>], exact: &[Vec<f32>], allowed: f32) {
@@ -367,6 +367,44 @@ mod tests {
                 assert_alike(&ours, &exact, allowed);
                 assert_eq!(only_primitives(|| run(precision, false))[0], ours[0]);
             }
+        }
+    }
+
+    /// The last stack's map is put together of windows where it has few channels.
+    #[test]
+    fn the_error_of_images_reaches_the_stack_that_gave_them() {
+        for channels in [3, 9] {
+            let up = Layer::ConvTranspose2d {
+                in_channels: 8,
+                out_channels: channels,
+                kernel: 4,
+                config: ConvTranspose2d { stride: 2, padding: 1, ..ConvTranspose2d::default() },
+            };
+            let layers = vec![conv(3, 8, 3, 1, false), up];
+            let shapes = layers.iter().flat_map(Layer::parameters).zip(1u64..);
+            let params: Vec<Var> = shapes.map(|((_, shape), i)| noise(&shape, i)).collect();
+            let x = noise(&[2, 5, 4, 3], 20);
+            let images = noise(&[2, channels, 10, 8], 21);
+            let run = |precision| {
+                let mut stack = Stack::new(layers.clone()).unwrap();
+                stack.set_precision(precision);
+                let given: Vec<Tensor> = params.iter().map(|var| var.as_tensor().clone()).collect();
+                let y = stack.forward_map(&[(&x.as_tensor().clone().into(), 1)], &given).unwrap();
+                let error = y.image_error(&images, 1.5).unwrap();
+                let twice = y.tensor().unwrap().mean_all().unwrap();
+                let store = (&error + twice).unwrap().backward().unwrap();
+                assert!(store.get(&images).is_none());
+                let still = y.detach().image_error(&images, 1.5).unwrap();
+                assert_eq!(values(&still), values(&error));
+                let of = params.iter().chain([&x]).map(|var| values(store.get(var).unwrap()));
+                std::iter::once(values(&error)).chain(of).collect::<Vec<_>>()
+            };
+            for (precision, allowed) in [(Precision::F32, 1e-5), (Precision::Bf16, 0.03)] {
+                let exact = only_composed(|| run(Precision::F32));
+                assert_alike(&only_primitives(|| run(precision)), &exact, allowed);
+            }
+            let y = FeatureMap::from(x.as_tensor().clone());
+            assert!(y.image_error(&images, 1.).is_err());
         }
     }
 

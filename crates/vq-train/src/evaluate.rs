@@ -68,7 +68,7 @@ pub fn evaluate(
             Ok(normalization.denormalize(&images.to_device(&Device::Cpu)?)?.contiguous()?)
         };
         let (originals, reconstructions) =
-            (pixels(&batch.images)?, pixels(&output.reconstruction)?);
+            (pixels(&batch.images)?, pixels(&output.reconstruction()?)?);
         tally.images(&originals, &reconstructions)?;
         let kept = tally.samples(&batch.indices, &originals, &reconstructions)?;
         tally.sample_levels(model, &output.codes, &kept)?;

@@ -1,8 +1,8 @@
 //! The loss of a tokenizer.
 
 use candle_core::{Device, Tensor};
-use vq_model::{Normalization, Output};
-use vq_ops::{image_error, scaled_squared_error, weighted_sum};
+use vq_model::{Decoded, Normalization, Output};
+use vq_ops::{scaled_squared_error, weighted_sum};
 
 use crate::{Figures, Result, TrainConfig};
 
@@ -78,15 +78,15 @@ impl Loss {
     }
 
     fn reconstruction(&self, output: &Output, images: &Tensor) -> Result<Tensor> {
-        let reconstruction = &output.reconstruction;
-        // A uniform factor is cheaper on the scalar.
-        if let (Scale::Uniform(factor), Some(decoded)) = (&self.scale, &output.decoded)
+        if let (Scale::Uniform(factor), Decoded::Map(decoded)) = (&self.scale, &output.decoded)
             && self.l1 == 0.0
         {
-            return Ok(image_error(decoded, images, factor * factor)?);
+            return Ok(decoded.image_error(images, factor * factor)?);
         }
+        let reconstruction = output.reconstruction()?;
+        // A uniform factor is cheaper on the scalar.
         let (a, b, factor) = match &self.scale {
-            Scale::Uniform(factor) => (reconstruction.clone(), images.clone(), *factor),
+            Scale::Uniform(factor) => (reconstruction, images.clone(), *factor),
             Scale::PerChannel(factors) => {
                 (reconstruction.broadcast_mul(factors)?, images.broadcast_mul(factors)?, 1.0)
             }
@@ -110,8 +110,7 @@ mod tests {
     fn output(reconstruction: &Tensor, codebook: f32, commitment: &Tensor) -> Output {
         let device = vq_ops::test_device();
         Output {
-            reconstruction: reconstruction.clone(),
-            decoded: Some(vq_ops::channels_last(reconstruction).unwrap()),
+            decoded: Decoded::Map(vq_ops::channels_last(reconstruction).unwrap().into()),
             nats: None,
             codes: Codes { levels: Vec::new() },
             codebook_loss: Tensor::new(codebook, &device).unwrap(),

@@ -339,6 +339,21 @@ pub(crate) fn image_error(
     Ok(CudaStorage::wrap_cuda_slice(to, device.clone()))
 }
 
+/// [`image_error`] times the mean's divisor, of tensors.
+pub(crate) fn error_from_images(
+    x: &Tensor,
+    images: &Tensor,
+    factor: f64,
+) -> Result<(CudaStorage, Shape)> {
+    let factor = factor / x.elem_count() as f64;
+    let ((x_storage, x_layout), (images_storage, images_layout)) =
+        (x.storage_and_layout(), images.storage_and_layout());
+    let (Storage::Cuda(x), Storage::Cuda(images)) = (&*x_storage, &*images_storage) else {
+        bail!("needs tensors on the CUDA device")
+    };
+    Ok((image_error((x, x_layout), (images, images_layout), factor)?, Shape::from(())))
+}
+
 /// The gradient of [`image_error`] in x where the scalar's is `grad`.
 pub(crate) fn image_error_gradient(
     x: &Tensor,

@@ -33,7 +33,8 @@ fn figures_are_those_of_the_definitions() {
         let images = Tensor::from_slice(&pixels, (1, 3, 16, 16), &vq_ops::test_device()).unwrap();
         let images = model.config().normalization.normalize(&images).unwrap();
         let output = model.forward(&images).unwrap();
-        let back = model.config().normalization.denormalize(&output.reconstruction).unwrap();
+        let back =
+            model.config().normalization.denormalize(&output.reconstruction().unwrap()).unwrap();
         let back = back.flatten_all().unwrap().to_vec1::<f32>().unwrap();
         let squares = pixels.iter().zip(&back).map(|(a, b)| f64::from(a - b).powi(2));
         let mse = squares.sum::<f64>() / 768.0;
