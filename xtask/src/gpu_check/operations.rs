@@ -3,7 +3,7 @@
 use candle_core::{Device, Result, Tensor};
 use vq_ops::{
     AdamWSlot, AdamWStep, Conv2d, ConvTranspose2d, DropSeed, FeatureMap, Layer, MIRRORED,
-    PackedLinear, Precision, Replaced, Stack,
+    PackedLinear, Precision, Replaced, Stack, Staging,
 };
 
 use super::checks::{compare, difference, noise, text, within};
@@ -253,6 +253,22 @@ fn pictures(device: &Device, report: &mut Report) {
     };
     let found = run(device).and_then(|ours| Ok(difference(&ours, &run(&Device::Cpu)?)));
     report.check("batches of images", found.map_err(text).and_then(|d| within(d, 0.)));
+    let run = || -> Result<bool> {
+        let mut staging = Staging::new(60, device)?;
+        let mut is_right = true;
+        for first in [0u8, 100] {
+            for (byte, value) in staging.bytes()?.iter_mut().zip(first..) {
+                *byte = value;
+            }
+            let there = staging.upload((5, 12))?.flatten_all()?.to_vec1::<u8>()?;
+            is_right &= there.into_iter().eq((first..).take(60));
+        }
+        Ok(is_right)
+    };
+    let found = run().map_err(text).and_then(|is_right| {
+        if is_right { Ok("equal".to_owned()) } else { Err("other bytes arrived".to_owned()) }
+    });
+    report.check("bytes on their way", found);
 }
 
 fn elementwise(device: &Device, report: &mut Report) {
