@@ -203,9 +203,16 @@ impl Loader {
             for _ in 0..remaining {
                 let batch = worker.next_batch();
                 let failed = batch.is_err();
-                if sender.send(batch).is_err() || failed {
-                    return;
+                // A batch that nobody takes any more comes back, to be dropped here.
+                let is_taken = sender.send(batch).is_ok();
+                if !is_taken || failed {
+                    break;
                 }
+            }
+            // On CUDA a thread must not end with anything left in its queue: one in four then hung there.
+            // Whatever is wrong with the device, whoever uses it learns.
+            if !worker.loader.device.is_cpu() {
+                let _ = worker.loader.device.synchronize();
             }
         };
         let feed = match std::thread::Builder::new().name("vq-data-loader".to_owned()).spawn(run) {

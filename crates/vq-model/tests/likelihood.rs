@@ -81,7 +81,7 @@ fn the_models_likelihood_is_that_of_the_pixels_under_what_it_decodes() {
         let bytes = bytes.permute((0, 2, 3, 1)).unwrap().reshape((128, 3)).unwrap();
         let rows = parameters.reshape((128, ())).unwrap();
         let judged = vq_ops::pixel_likelihood(&rows, &bytes, distribution).unwrap();
-        assert_eq!(values(&judged.narrow(1, 0, 1).unwrap()), values(&nats), "to the bit");
+        assert_eq!(values(&judged.narrow(1, 0, 1).unwrap()), values(nats), "to the bit");
 
         let decoded = model.decode(&output.codes).unwrap();
         assert_eq!(values(&decoded), values(&output.reconstruction().unwrap()), "to the bit");

@@ -1,5 +1,6 @@
 //! Opening a device.
 
+use std::cell::OnceCell;
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::OnceLock;
 
@@ -103,5 +104,29 @@ pub fn test_device() -> Device {
         set_strict_f32(true);
         opened.unwrap_or_else(|error| panic!("VQ_TEST_DEVICE={name}: {error}"))
     };
-    DEVICE.get_or_init(open).clone()
+    let device = DEVICE.get_or_init(open);
+    finish_with_the_thread(device);
+    device.clone()
+}
+
+/// Has this thread, when it ends, wait for what it gave to a CUDA device. Each thread has a queue there, and of
+/// processes whose threads ended with something left in it, one in four hung.
+fn finish_with_the_thread(device: &Device) {
+    struct Finish(Device);
+    impl Drop for Finish {
+        fn drop(&mut self) {
+            // A test that fails has said so already.
+            let _ = self.0.synchronize();
+        }
+    }
+    thread_local! {
+        static FINISH: OnceCell<Finish> = const { OnceCell::new() };
+    }
+    if device.is_cuda() && FINISH.with(|finish| finish.get().is_none()) {
+        // What CUDA keeps for a thread must be there first, to be taken down last.
+        let _ = device.synchronize();
+        FINISH.with(|finish| {
+            finish.get_or_init(|| Finish(device.clone()));
+        });
+    }
 }

@@ -1,13 +1,9 @@
 //! The nearest-code search and the statistics of an assignment.
 
-use std::sync::LazyLock;
-
-use candle_core::cuda::WrapErr;
 use candle_core::cuda::cudarc::driver::LaunchConfig;
 use candle_core::cuda::cudarc::driver::PushKernelArg;
 use candle_core::{
-    CpuStorage, CudaDevice, CudaStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape,
-    Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Tensor, bail,
 };
 
 use super::{address, grid, launch, per_element, view};
@@ -20,14 +16,6 @@ const RUN: usize = 8;
 
 /// `z` `[N, D]`, `codebook` `[K, D]` → `[N]` u32; `u32::MAX` for a vector that is not finite.
 pub(crate) struct Nearest;
-
-/// Whether the device has tensor cores that take factors of 10 bits. `VQ_CUDA_SEARCH=plain` says no.
-fn has_tiles(device: &CudaDevice) -> Result<bool> {
-    static IS_PLAIN: LazyLock<bool> =
-        LazyLock::new(|| std::env::var("VQ_CUDA_SEARCH").as_deref() == Ok("plain"));
-    let (major, _) = device.cuda_stream().context().compute_capability().w()?;
-    Ok(major >= 8 && !*IS_PLAIN)
-}
 
 /// `z` `[N, D]`, `codes` `[N]` u32 → `[K · (D + 1)]`: the sums `[K, D]` and then the counts `[K]`.
 pub(crate) struct Statistics {
@@ -73,11 +61,7 @@ impl CustomOp2 for Nearest {
         let eighths = grid(size.div_ceil(8) as u32, 1);
         launch!(device, "half_norms", eighths, &codebook, &mean, &norms, &k, &d);
         if count > 0 {
-            let (name, rows) = match count {
-                _ if has_tiles(device)? => ("nearest_tiles", 128),
-                ..MANY => ("nearest_64", 64),
-                _ => ("nearest_128", 128),
-            };
+            let (name, rows) = if count < MANY { ("nearest_64", 64) } else { ("nearest_128", 128) };
             let blocks = grid(count.div_ceil(rows) as u32, 1);
             launch!(device, name, blocks, &z, &codebook, &mean, &norms, &codes, &n, &k, &d);
         }

@@ -30,21 +30,6 @@ static void __threadfence() {}
 template <typename T> static T atomicAdd(T* to, T more) { T old = *to; *to += more; return old; }
 template <typename T> static T atomicMax(T* to, T other) { T old = *to; if (other > old) *to = other; return old; }
 
-// A number with 10 bits behind the point, ties away from zero.
-static unsigned to_tf32(float x) { return (__float_as_uint(x) + 0x1000u) & 0xffffe000u; }
-// What 32 threads multiply together: each lays down what it has, and, when all have, takes what it gets.
-static void multiply_tile(float (&sums)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
-    static unsigned all_a[16][16][8], all_b[16][8][8];
-    const unsigned warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-    for (int j = 0; j < 4; j++) all_a[warp][g + j % 2 * 8][t + j / 2 * 4] = a[j];
-    for (int j = 0; j < 2; j++) all_b[warp][t + j * 4][g] = b[j];
-    __syncthreads();
-    for (int j = 0; j < 4; j++)
-        for (int k = 0; k < 8; k++)
-            sums[j] += __uint_as_float(all_a[warp][g + j / 2 * 8][k]) * __uint_as_float(all_b[warp][k][2 * t + j % 2]);
-    __syncthreads();
-}
-
 #include "../../src/cuda/kernels/common.cu"
 #include "../../src/cuda/kernels/layers.cu"
 #include "../../src/cuda/kernels/codebook.cu"
@@ -365,10 +350,6 @@ static void codes(u32 count, u32 size, u32 dim, bool ties) {
     launch({(count + 127) / 128, 1, 1}, 256, [&] {
         nearest_128(z.data(), codebook.data(), mean.data(), norms.data(), found.data(), count, size, dim);
     });
-    std::vector<u32> found_by_tiles(count, 12345);
-    launch({(count + 127) / 128, 1, 1}, 256, [&] {
-        nearest_tiles(z.data(), codebook.data(), mean.data(), norms.data(), found_by_tiles.data(), count, size, dim);
-    });
     for (u32 i = 0; i < count; i++) {
         double least = INFINITY;
         u32 place = NONE;
@@ -377,7 +358,7 @@ static void codes(u32 count, u32 size, u32 dim, bool ties) {
             for (u32 d = 0; d < dim; d++) distance += std::pow((double)z[i * dim + d] - codebook[k * dim + d], 2);
             if (distance < least) { least = distance; place = k; }
         }
-        check(found[i] == place && found_64[i] == place && found_by_tiles[i] == place, "nearest");
+        check(found[i] == place && found_64[i] == place, "nearest");
     }
     for (auto& code : found) if (code == NONE) code = size;  // out of range
     const int digits = 40;

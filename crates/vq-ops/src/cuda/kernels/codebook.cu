@@ -84,12 +84,12 @@ __device__ inline float largest_of_all(float own) {
 }
 
 // What remains of a search by scores ½‖e − mean‖² − (z − mean)·(e − mean) in f32, of the ROWS vectors of a block from
-// `first` on. Thread number r knows the best of vector r and ‖z − mean‖². A score is a sum of products of at most
-// ‖z‖·‖e‖ in all, each of which may be wrong by `roundings`·2⁻²⁴ of that. Where the second-best is closer than
-// that can tell apart, the vector is searched again in f64. 256 threads.
+// `first` on. Thread number r knows the best of vector r and ‖z − mean‖². A score is a sum of `dim` rounded products
+// of at most ‖z‖·‖e‖ in all. Where the second-best is closer than that can tell apart, the vector is searched
+// again in f64. 256 threads.
 template <u32 ROWS>
 __device__ void settle(const float* z, const float* codebook, u32* found, u32 first, u32 count, u32 codes, u32 dim,
-                       float largest_norm, const Best& whole, float row_norm, float roundings) {
+                       float largest_norm, const Best& whole, float row_norm) {
     __shared__ u32 unclear[ROWS];
     __shared__ u32 unclear_count;
     __shared__ double distances[256];
@@ -99,7 +99,7 @@ __device__ void settle(const float* z, const float* codebook, u32* found, u32 fi
     __syncthreads();
     if (thread < ROWS && first + thread < count) {
         const float radius = sqrtf(2.f * largest_norm);
-        const float rounding = 5.9604645e-8f * roundings * radius * (sqrtf(row_norm) + radius);
+        const float rounding = 5.9604645e-8f * (dim + 16.f) * radius * (sqrtf(row_norm) + radius);
         // False where something is not a number.
         bool is_clear = codes == 1 ? is_finite(whole.score) : whole.second - whole.score > 2.f * rounding;
         found[first + thread] = whole.code;
@@ -258,7 +258,7 @@ __device__ void search(const float* __restrict__ z, const float* __restrict__ co
             take(whole, Best{scores[own][line + x], seconds[own][line + x], its_codes[own][line + x]});
         }
     }
-    settle<ROWS>(z, codebook, found, first, count, codes, dim, largest_norm, whole, row_norm, dim + 16.f);
+    settle<ROWS>(z, codebook, found, first, count, codes, dim, largest_norm, whole, row_norm);
 }
 
 extern "C" __global__ void __launch_bounds__(256, 2)
@@ -272,144 +272,6 @@ extern "C" __global__ void __launch_bounds__(256, 2)
                 u32 codes, u32 dim) {
     search<8>(z, codebook, mean, norms, found, count, codes, dim);
 }
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-
-// A number as the sum of two that have 10 bits behind the point: all but 2⁻²² of it.
-struct Halves { u32 high, low; };
-
-#if defined(__CUDA_ARCH__)
-__device__ inline u32 to_tf32(float x) {
-    u32 bits;
-    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-    return bits;
-}
-// sums += a·b of 16 × 8 and 8 × 8 numbers of 10 bits, by 32 threads. With g = lane / 4 and t = lane % 4, a thread has
-// a(g, t), a(g + 8, t), a(g, t + 4), a(g + 8, t + 4), b(t, g), b(t + 4, g), and of the sums (g, 2t), (g, 2t + 1),
-// (g + 8, 2t), (g + 8, 2t + 1).
-__device__ inline void multiply_tile(float (&sums)[4], const u32 (&a)[4], const u32 (&b)[2]) {
-    asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-#endif
-
-__device__ inline Halves halves(float x) {
-    const u32 high = to_tf32(x);
-    return {high, to_tf32(x - __uint_as_float(high))};
-}
-
-// The same search on tensor cores: 128 vectors and 128 codes at a time; each of 4 × 2 groups of 32 threads has 32
-// vectors and 64 codes. Products are those of the halves but for low·low.
-extern "C" __global__ void __launch_bounds__(256, 2)
-    nearest_tiles(const float* __restrict__ z, const float* __restrict__ codebook, const float* __restrict__ mean,
-                  const float* __restrict__ norms, u32* found, u32 count, u32 codes, u32 dim) {
-    constexpr u32 ROWS = 128, LINE = ROWS + 8;
-    // A line's end brings the next one to other banks.
-    __shared__ float zs[DEPTH][LINE], es[DEPTH][LINE];
-    // What each eight threads that share a vector have found.
-    __shared__ float scores[8][ROWS], seconds[8][ROWS];
-    __shared__ u32 its_codes[8][ROWS];
-    const u32 thread = threadIdx.x, lane = thread % 32, g = lane / 4, t = lane % 4;
-    const u32 row = thread / 32 % 4 * 32, column = thread / 128 * 64;
-    const u32 first = blockIdx.x * ROWS;
-    const float largest_norm = largest_norm_of(norms, codes);
-    float row_norm = 0.f;
-    Best bests[4];
-    for (int i = 0; i < 4; i++) bests[i] = {INFINITE, INFINITE, NONE};
-
-    // Each thread brings eight components of one vector and of one code; the next ones while these are used.
-    const u32 own = thread / 2, d_first = thread % 2 * 8;
-    float z_next[8], e_next[8];
-    auto fetch = [&](u32 start, u32 deep) {
-        const u32 r = first + own < count ? first + own : count - 1, k = start + own < codes ? start + own : codes - 1;
-        const float *vector = z + (u64)r * dim, *code = codebook + (u64)k * dim;
-        #pragma unroll
-        for (u32 j = 0; j < 8; j++) {
-            const u32 d = deep + d_first + j < dim ? deep + d_first + j : dim - 1;
-            z_next[j] = vector[d];
-            e_next[j] = code[d];
-        }
-    };
-    fetch(0, 0);
-    for (u32 start = 0; start < codes; start += CODES) {
-        float sums[2][8][4] = {};
-        for (u32 deep = 0; deep < dim; deep += DEPTH) {
-            __syncthreads();
-            #pragma unroll
-            for (u32 j = 0; j < 8; j++) {
-                const u32 d = deep + d_first + j;
-                const float shift = mean[d < dim ? d : dim - 1];
-                zs[d_first + j][own] = d < dim ? z_next[j] - shift : 0.f;
-                es[d_first + j][own] = d < dim ? e_next[j] - shift : 0.f;
-            }
-            __syncthreads();
-            const bool is_through = deep + DEPTH >= dim;
-            if (!is_through || start + CODES < codes) fetch(is_through ? start + CODES : start, is_through ? 0 : deep + DEPTH);
-            if (start == 0 && thread < ROWS) {
-                for (u32 d = 0; d < DEPTH; d++) row_norm += zs[d][thread] * zs[d][thread];
-            }
-            #pragma unroll
-            for (u32 d = 0; d < DEPTH; d += 8) {
-                u32 a_high[2][4], a_low[2][4];
-                #pragma unroll
-                for (u32 i = 0; i < 2; i++) {
-                    #pragma unroll
-                    for (u32 j = 0; j < 4; j++) {
-                        Halves both = halves(zs[d + t + j / 2 * 4][row + i * 16 + g + j % 2 * 8]);
-                        a_high[i][j] = both.high;
-                        a_low[i][j] = both.low;
-                    }
-                }
-                #pragma unroll
-                for (u32 n = 0; n < 8; n++) {
-                    u32 b_high[2], b_low[2];
-                    #pragma unroll
-                    for (u32 j = 0; j < 2; j++) {
-                        Halves both = halves(es[d + t + j * 4][column + n * 8 + g]);
-                        b_high[j] = both.high;
-                        b_low[j] = both.low;
-                    }
-                    #pragma unroll
-                    for (u32 i = 0; i < 2; i++) {
-                        multiply_tile(sums[i][n], a_low[i], b_high);
-                        multiply_tile(sums[i][n], a_high[i], b_low);
-                        multiply_tile(sums[i][n], a_high[i], b_high);
-                    }
-                }
-            }
-        }
-        #pragma unroll
-        for (u32 n = 0; n < 8; n++) {
-            #pragma unroll
-            for (u32 j = 0; j < 2; j++) {
-                const u32 k = start + column + n * 8 + 2 * t + j;
-                // No code is further away.
-                const float norm = k < codes ? norms[k] : INFINITE;
-                #pragma unroll
-                for (u32 i = 0; i < 4; i++) meet(bests[i], norm - sums[i / 2][n][i % 2 * 2 + j], k);
-            }
-        }
-    }
-    #pragma unroll
-    for (u32 i = 0; i < 4; i++) {
-        const u32 place = thread / 128 * 4 + t, vector = row + i / 2 * 16 + i % 2 * 8 + g;
-        scores[place][vector] = bests[i].score;
-        seconds[place][vector] = bests[i].second;
-        its_codes[place][vector] = bests[i].code;
-    }
-    __syncthreads();
-    Best whole = {INFINITE, INFINITE, NONE};
-    if (thread < ROWS) {
-        #pragma unroll
-        for (u32 x = 0; x < 8; x++) take(whole, Best{scores[x][thread], seconds[x][thread], its_codes[x][thread]});
-    }
-    // Tensor cores cut sums off instead of rounding them; and 3·2⁻²² of each product are left out.
-    settle<ROWS>(z, codebook, found, first, count, codes, dim, largest_norm, whole, row_norm, 2.f * dim + 64.f);
-}
-
-#endif
 
 // Rows of a table [codes][dim], of the codes' numbers, in n groups of N; NaN for a code that is not there.
 template <int N>
