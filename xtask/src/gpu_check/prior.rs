@@ -94,7 +94,7 @@ impl PriorFolder {
     ) -> Result<Trainer<PriorTask>> {
         let mut recipe = self.recipe.clone();
         recipe.train.epochs = epochs;
-        let model = load_model(&self.folder.path().join("model"), device)?;
+        let model = load_model(self.folder.path().join("model"), device)?;
         let task = PriorTask::new(&mut recipe, model, &self.hash, device)?;
         Ok(Trainer::new(task, &recipe.train.resolve(), run)?)
     }

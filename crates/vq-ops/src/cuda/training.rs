@@ -169,8 +169,11 @@ impl CustomOp3 for Images {
         #[allow(unsafe_code)]
         let to = unsafe { device.alloc::<f32>(elements) }?;
         let (b, c, h, w) = (count as u32, channels as u32, height as u32, width as u32);
-        let config = per_element(elements);
-        launch!(device, "images", config, &pixels, &picks, &tables, &to, &b, &c, &h, &w);
+        // A row starts where four bytes can be read at once.
+        let is_grouped = width.is_multiple_of(4) && pixels_layout.start_offset().is_multiple_of(4);
+        let (name, group) = if is_grouped { ("images_by_four", 4) } else { ("images", 1) };
+        let config = per_element(elements / group);
+        launch!(device, name, config, &pixels, &picks, &tables, &to, &b, &c, &h, &w);
         let shape = (count, channels, height, width).into();
         Ok((CudaStorage::wrap_cuda_slice(to, device.clone()), shape))
     }

@@ -488,23 +488,24 @@ static void averages(u32 dim, bool is_cosine) {
     }
 }
 
-static void pictures() {
-    const u32 all = 5, channels = 3, height = 4, width = 6, size = channels * height * width;
-    std::vector<unsigned char> pixels(all * size);
-    for (auto& pixel : pixels) pixel = generator();
+template <int N> static void pictures(u32 width) {
+    const u32 all = 5, channels = 3, height = 4, size = channels * height * width;
+    std::vector<unsigned char> random(all * size);
+    for (auto& pixel : random) pixel = generator();
+    Padded<unsigned char> pixels(random);
     auto tables = noise(channels * 256);
     std::vector<u32> indices = {4, 0x80000000u | 2, 0, 0x80000000u};
-    std::vector<float> to(indices.size() * size);
+    Padded<float> to{std::vector<float>(indices.size() * size)};
     launch({3, 1, 1}, 32, [&] {
-        images(pixels.data(), indices.data(), tables.data(), to.data(), indices.size(), channels, height, width);
+        make_images<N>(pixels.at, indices.data(), tables.data(), to.at, indices.size(), channels, height, width);
     });
     for (u32 b = 0; b < indices.size(); b++)
         for (u32 c = 0; c < channels; c++)
             for (u32 y = 0; y < height; y++)
                 for (u32 x = 0; x < width; x++) {
                     u32 from = indices[b] >> 31 ? width - 1 - x : x, image = indices[b] & 0x7fffffffu;
-                    float expected = tables[c * 256 + pixels[((image * channels + c) * height + y) * width + from]];
-                    check(to[((b * channels + c) * height + y) * width + x] == expected, "images");
+                    float expected = tables[c * 256 + pixels.at[((image * channels + c) * height + y) * width + from]];
+                    check(to.at[((b * channels + c) * height + y) * width + x] == expected, "images");
                 }
 }
 
@@ -526,6 +527,6 @@ int main() {
     counting(1000, 1, 7); counting(900, 3, 40); counting(500, 1, 5000);
     optimizer();
     averages(7, false); averages(40, true);
-    pictures();
+    pictures<1>(6); pictures<4>(8);
     std::puts("all kernels agree");
 }

@@ -166,14 +166,15 @@ __device__ void search(const float* __restrict__ z, const float* __restrict__ co
     __shared__ u32 its_codes[OWN][256];
     float (*zs)[ROWS + 4] = (float(*)[ROWS + 4])zs_four;
     float (*es)[CODES + 4] = (float(*)[CODES + 4])es_four;
-    const u32 thread = threadIdx.x, tx = thread % SIDE, ty = thread / SIDE;
-    const u32 first = blockIdx.x * ROWS;
+    // 32 threads are 4 × 8 of them: so they read no more than 128 bytes at once.
+    const u32 thread = threadIdx.x, tx = thread / 32 % 2 * 8 + thread % 8, ty = thread / 64 * 4 + thread % 32 / 8;
+    const u32 place = ty * SIDE + tx, first = blockIdx.x * ROWS;
     const float largest_norm = largest_norm_of(norms, codes);
     float row_norm = 0.f;
 
     for (int i = 0; i < OWN; i++) {
-        scores[i][thread] = seconds[i][thread] = INFINITE;
-        its_codes[i][thread] = NONE;
+        scores[i][place] = seconds[i][place] = INFINITE;
+        its_codes[i][place] = NONE;
     }
     // Each thread brings one component of every 16th vector and code; the next ones while these are used.
     const u32 d_own = thread % DEPTH, r_own = thread / DEPTH;
@@ -239,14 +240,14 @@ __device__ void search(const float* __restrict__ z, const float* __restrict__ co
         }
         #pragma unroll
         for (u32 i = 0; i < OWN; i++) {
-            Best best = {scores[i][thread], seconds[i][thread], its_codes[i][thread]};
+            Best best = {scores[i][place], seconds[i][place], its_codes[i][place]};
             #pragma unroll
             for (u32 j = 0; j < OF_CODES; j++) {
                 meet(best, its_norms[j] - products[i][j], start + j / 4 * (4 * SIDE) + tx * 4 + j % 4);
             }
-            scores[i][thread] = best.score;
-            seconds[i][thread] = best.second;
-            its_codes[i][thread] = best.code;
+            scores[i][place] = best.score;
+            seconds[i][place] = best.second;
+            its_codes[i][place] = best.code;
         }
     }
     __syncthreads();

@@ -74,26 +74,23 @@ struct Windows {
 // Images [batch][height][width][channels] f32 to their windows [batch][rows][columns][kernel][channels]; n groups
 // of N elements, which no window's end crosses. Zeros outside.
 template <typename T, int N> __device__ void unfold(const float* from, T* to, u64 n, Windows w) {
-    const u32 groups = w.kernel_height * w.kernel_width * w.channels / N;
+    // What a window has of a line of pixels lies there as it does here.
+    const u32 own = w.kernel_width * w.channels, line_size = w.width * w.channels, groups = w.kernel_height * own / N;
     for (u64 i = thread_number(); i < n; i += thread_count()) {
         const u64 window = quotient(i, groups), line = quotient(window, w.columns), image = quotient(line, w.rows);
         const u32 e = (u32)(i - window * groups) * N;
         const u32 column = (u32)(window - line * w.columns), row = (u32)(line - image * w.rows);
-        u32 tap = e / w.channels, c = e - tap * w.channels;
-        u32 ky = tap / w.kernel_width, kx = tap - ky * w.kernel_width;
-        const float* pixels = from + image * w.height * w.width * w.channels;
+        const u32 ky = e / own, left = (column * w.stride - w.padding) * w.channels;
+        u32 rest = e - ky * own, y = row * w.stride + ky - w.padding;
+        const float* pixels = from + image * w.height * line_size;
         float values[N];
         #pragma unroll
         for (int j = 0; j < N; j++) {
             // Below 0 it wraps around and is outside all the same. The load does not depend on it.
-            u32 y = row * w.stride + ky - w.padding, x = column * w.stride + kx - w.padding;
-            bool is_inside = y < w.height && x < w.width;
-            float value = pixels[is_inside ? (y * w.width + x) * w.channels + c : 0];
+            const bool is_inside = y < w.height && left + rest < line_size;
+            const float value = pixels[is_inside ? y * line_size + left + rest : 0];
             values[j] = is_inside ? value : 0.f;
-            if (++c == w.channels) {
-                c = 0;
-                if (++kx == w.kernel_width) { kx = 0; ky++; }
-            }
+            if (++rest == own) { rest = 0; y++; }
         }
         Group<T, N> all;
         all.set(values);

@@ -69,19 +69,35 @@ extern "C" __global__ void norm_and_scale(const double* partial, float* to, u32 
 }
 
 // Images [count][channels][height][width] f32 from pixels [all][channels][height][width] u8 by the tables
-// [channels][256], of the given indices; mirrored left to right where the highest bit of an index is set.
-extern "C" __global__ void images(const unsigned char* pixels, const u32* indices, const float* tables,
-                                  float* to, u32 count, u32 channels, u32 height, u32 width) {
-    const u32 plane = height * width, size = channels * plane;
+// [channels][256], of the given indices; mirrored left to right where the highest bit of an index is set. N pixels of
+// a row at once.
+template <int N>
+__device__ void make_images(const unsigned char* __restrict__ pixels, const u32* __restrict__ indices,
+                            const float* __restrict__ tables, float* __restrict__ to, u32 count, u32 channels,
+                            u32 height, u32 width) {
+    const u32 groups = width / N, plane = height * groups, size = channels * plane;
     for (u64 i = thread_number(); i < (u64)count * size; i += thread_count()) {
         const u64 image = quotient(i, size);
-        const u32 place = (u32)(i - image * size), channel = place / plane, pixel = place - channel * plane;
-        const u32 y = pixel / width, index = indices[image];
-        u32 x = pixel - y * width;
-        if (index >> 31) x = width - 1 - x;
-        to[i] = tables[channel * 256 + pixels[(index & 0x7fffffffu) * (u64)size + channel * plane + y * width + x]];
+        const u32 place = (u32)(i - image * size), channel = place / plane, line = place / groups;
+        const u32 x = (place - line * groups) * N, index = indices[image];
+        const bool is_mirrored = index >> 31;
+        const u64 row = ((index & 0x7fffffffu) * (u64)channels * height + line) * width;
+        const Group<unsigned char, N> from =
+            *(const Group<unsigned char, N>*)(pixels + row + (is_mirrored ? width - N - x : x));
+        Group<float, N> values;
+        #pragma unroll
+        for (int j = 0; j < N; j++) values.at[j] = tables[channel * 256 + (is_mirrored ? from.at[N - 1 - j] : from.at[j])];
+        ((Group<float, N>*)to)[i] = values;
     }
 }
+
+#define IMAGES(name, N)                                                                                       \
+    extern "C" __global__ void name(const unsigned char* pixels, const u32* indices, const float* tables,      \
+                                    float* to, u32 count, u32 channels, u32 height, u32 width) {               \
+        make_images<N>(pixels, indices, tables, to, count, channels, height, width);                           \
+    }
+IMAGES(images, 1)
+IMAGES(images_by_four, 4)
 
 // The same hash as the CPU's.
 extern "C" __global__ void dropout(const float* from, float* to, u64 n, const u32* number, u64 known, u32 threshold,
