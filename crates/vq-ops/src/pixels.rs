@@ -9,6 +9,8 @@ mod tests;
 use candle_core::{CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, bail};
 use rayon::prelude::*;
 
+#[cfg(feature = "cuda")]
+use crate::dispatch::on_cuda;
 use crate::math::vectorized;
 use crate::storage::{f32_elements, f32_slice};
 
@@ -64,6 +66,12 @@ pub fn pixel_likelihood(
             pixels.dtype(),
             pixels.dims()
         );
+    }
+    #[cfg(feature = "cuda")]
+    if on_cuda(params.device())
+        && let Some(mixture) = crate::cuda::pixels::Mixture::new(distribution, channels)
+    {
+        return params.contiguous()?.apply_op2(&pixels.contiguous()?, mixture);
     }
     if params.device().is_cpu() {
         params.contiguous()?.apply_op2(&pixels.contiguous()?, PixelLikelihood { distribution })

@@ -29,7 +29,7 @@ fn the_kernels_give_what_loops_give() {
 fn the_kernels_compile() {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cuda/kernels");
     let source = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kernels.cu");
-    let parts = ["common.cu", "layers.cu", "codebook.cu", "training.cu"];
+    let parts = ["common.cu", "layers.cu", "codebook.cu", "training.cu", "pixels.cu"];
     let text: String =
         parts.iter().map(|part| std::fs::read_to_string(folder.join(part)).unwrap()).collect();
     std::fs::write(&source, text).unwrap();

@@ -3,7 +3,7 @@
 use candle_core::{Device, Result, Tensor};
 use vq_ops::{
     AdamWSlot, AdamWStep, Conv2d, ConvTranspose2d, DropSeed, FeatureMap, Layer, MIRRORED,
-    PackedLinear, Precision, Replaced, Stack, Staging,
+    PackedLinear, PixelDistribution, Precision, Replaced, Stack, Staging,
 };
 
 use super::checks::{compare, difference, noise, text, within};
@@ -283,6 +283,17 @@ fn elementwise(device: &Device, report: &mut Report) {
         vq_ops::lookup(&x[0], &Tensor::new(&[[3u32, 0, 6], [3, 3, 5]], device)?)
     });
     report.check("lookup", found);
+    for (channels, mixtures) in [(3, 10), (1, 3)] {
+        let distribution = PixelDistribution::LogisticMixture { mixtures };
+        let shape = [500, distribution.parameters(channels)];
+        let found = compare(device, &[&shape], F32, |x, device| {
+            let pixels = (0..500 * channels).map(|i| (i * 37 % 256) as u8).collect();
+            let pixels = Tensor::from_vec(pixels, (500, channels), device)?;
+            vq_ops::pixel_likelihood(&x[0], &pixels, distribution)
+        });
+        report
+            .check(&format!("pixel_likelihood, {mixtures} logistics, {channels} channels"), found);
+    }
     let found = compare(device, &[square, square], F32, |x, _| vq_ops::replace_value(&x[0], &x[1]));
     report.check("replace_value", found);
     let found = compare(device, &[&[2, 5, 6, 7]], F32, |x, _| vq_ops::channels_first(&x[0]));

@@ -5,6 +5,7 @@ pub(crate) mod codebook;
 pub(crate) mod convolution;
 pub(crate) mod joined;
 pub(crate) mod layers;
+pub(crate) mod pixels;
 pub(crate) mod recording;
 pub(crate) mod training;
 pub(crate) mod weights;
@@ -29,6 +30,7 @@ const SOURCE: &str = concat!(
     include_str!("kernels/layers.cu"),
     include_str!("kernels/codebook.cu"),
     include_str!("kernels/training.cu"),
+    include_str!("kernels/pixels.cu"),
 );
 const MODULE: &str = "vq-ops";
 /// Threads of a block, where the kernel does not say otherwise.

@@ -34,6 +34,7 @@ template <typename T> static T atomicMax(T* to, T other) { T old = *to; if (othe
 #include "../../src/cuda/kernels/layers.cu"
 #include "../../src/cuda/kernels/codebook.cu"
 #include "../../src/cuda/kernels/training.cu"
+#include "../../src/cuda/kernels/pixels.cu"
 
 static std::function<void()> running;
 static void run_thread() {
@@ -509,6 +510,57 @@ template <int N> static void pictures(u32 width) {
                 }
 }
 
+// −ln p as the definition says it.
+template <int C> static double nats_of(const std::vector<double>& p, const unsigned char* pixels, u32 mixtures) {
+    auto sigmoid = [](double x) { return 1 / (1 + std::exp(-x)); };
+    double total = 0, mass = 0;
+    for (u32 m = 0; m < mixtures; m++) total += std::exp(p[m]);
+    for (u32 m = 0; m < mixtures; m++) {
+        double product = std::exp(p[m]) / total;
+        for (int c = 0; c < C; c++) {
+            double mean = p[(1 + c) * mixtures + m];
+            for (int b = 0; b < c; b++)
+                mean += std::tanh(p[(1 + 2 * C + c * (c - 1) / 2 + b) * mixtures + m]) * (pixels[b] / 127.5 - 1);
+            const double s = std::exp(std::min(7., std::max(-7., p[(1 + C + c) * mixtures + m])));
+            const double x = pixels[c] / 127.5 - 1;
+            product *= (pixels[c] == 255 ? 1 : sigmoid((x + 1 / 255. - mean) / s)) -
+                       (pixels[c] == 0 ? 0 : sigmoid((x - 1 / 255. - mean) / s));
+        }
+        mass += product;
+    }
+    return -std::log(mass);
+}
+
+template <int C> static void mixtures(u32 count, u32 rows) {
+    const u32 size = Mixture<C>::size(count);
+    auto params = noise(rows * size, 2.f), grad = noise(rows * (1 + C));
+    params[size - 1] = 0.5f;
+    if (rows > 1) params[size + (1 + C) * count] = 8.f;   // a scale out of range
+    std::vector<unsigned char> pixels(rows * C);
+    for (auto& pixel : pixels) pixel = generator() % 4 == 0 ? 255 * (generator() % 2) : generator() % 256;
+    std::vector<float> to(rows * (1 + C), NAN), gradient(rows * size, NAN);
+    launch({3, 1, 1}, MIXTURE_THREADS, [&] { mixture_nats<C>(params.data(), pixels.data(), to.data(), rows, count); });
+    launch({3, 1, 1}, MIXTURE_THREADS, [&] {
+        mixture_gradient<C>(params.data(), pixels.data(), grad.data(), gradient.data(), rows, count);
+    });
+    for (u32 r = 0; r < rows; r++) {
+        std::vector<double> p(params.begin() + r * size, params.begin() + (r + 1) * size);
+        const double exact = nats_of<C>(p, &pixels[r * C], count);
+        check(near(to[r * (1 + C)], exact, 2e-5 * std::max(1., exact)), "mixture_nats");
+        for (int c = 0; c < C; c++) check(to[r * (1 + C) + 1 + c] >= 0 && to[r * (1 + C) + 1 + c] <= 1, "mixture_nats, means");
+        for (u32 i = 0; i < size; i++) {
+            const double before = p[i], step = 1e-5;
+            p[i] = before + step;
+            const double above = nats_of<C>(p, &pixels[r * C], count);
+            p[i] = before - step;
+            const double slope = (above - nats_of<C>(p, &pixels[r * C], count)) / (2 * step);
+            p[i] = before;
+            const double expected = grad[r * (1 + C)] * slope;
+            check(near(gradient[r * size + i], expected, 1e-4 * std::max(1., std::fabs(expected))), "mixture_gradient");
+        }
+    }
+}
+
 int main() {
     conversions();
     weights<float>(); weights<bf16>();
@@ -527,6 +579,7 @@ int main() {
     counting(1000, 1, 7); counting(900, 3, 40); counting(500, 1, 5000);
     optimizer();
     averages(7, false); averages(40, true);
+    mixtures<1>(1, 3); mixtures<2>(5, 200); mixtures<3>(10, 130); mixtures<4>(3, 7); mixtures<3>(1100, 2);
     pictures<1>(6); pictures<4>(8);
     std::puts("all kernels agree");
 }

@@ -143,8 +143,9 @@ __device__ void finish(const T* __restrict__ y, const float* __restrict__ bias, 
             above[j] = relu(values[j]);
         }
         Elements to;
-        if (plain) { to.set(values); *(Elements*)(plain + i) = to; }
-        if (rectified) { to.set(above); *(Elements*)(rectified + i) = to; }
+        // Counted in groups, or nvcc would not see that it can store one at once.
+        if (plain) { to.set(values); ((Elements*)plain)[i / N] = to; }
+        if (rectified) { to.set(above); ((Elements*)rectified)[i / N] = to; }
     };
     // Whether a thread has the same channels in every turn. Two turns at once, so that one's loads need not wait
     // for the other's stores.
@@ -186,10 +187,10 @@ __device__ void sum_columns(const T* __restrict__ grad, const T* __restrict__ ga
         #pragma unroll
         for (int t = 0; t < TURNS; t++) {
             const u64 here = r + t * step < rows ? r + t * step : r;
-            const u64 at = here * columns + (first + lane) * N;
-            values[t] = *(const Elements*)(grad + at);
-            if (gate) gates[t] = *(const Elements*)(gate + at);
-            if (more) others[t] = *(const Elements*)(more + at);
+            const u64 at = here * all + first + lane;
+            values[t] = ((const Elements*)grad)[at];
+            if (gate) gates[t] = ((const Elements*)gate)[at];
+            if (more) others[t] = ((const Elements*)more)[at];
         }
         #pragma unroll
         for (int t = 0; t < TURNS; t++) {
@@ -201,7 +202,7 @@ __device__ void sum_columns(const T* __restrict__ grad, const T* __restrict__ ga
                     if (more) masked[j] += others[t].get(j);
                 }
                 values[t].set(masked);
-                *(Elements*)(to + (r + t * step) * columns + (first + lane) * N) = values[t];
+                ((Elements*)to)[(r + t * step) * all + first + lane] = values[t];
             }
             for (int j = 0; j < N; j++) own[j] += values[t].get(j);
         }
