@@ -8,8 +8,8 @@ use crate::dispatch::on_cuda;
 /// The rows of `table` `[K, D]` f32 whose numbers `codes` `[…]` u32 gives: `[…, D]`. Differentiable in the table,
 /// whose gradient is added up in a fixed order.
 ///
-/// A code that is not below K is an error. Only on CUDA, where looking for one would have to wait for the device,
-/// its vector is NaN instead.
+/// A code that is not below K is an error on the CPU. Elsewhere nobody looks, for that is to wait for the device; on
+/// CUDA its vector is NaN.
 pub fn lookup(table: &Tensor, codes: &Tensor) -> Result<Tensor> {
     let (size, dim) = table.dims2()?;
     if codes.dtype() != DType::U32 || table.dtype() != DType::F32 {
@@ -28,7 +28,9 @@ pub fn lookup(table: &Tensor, codes: &Tensor) -> Result<Tensor> {
         return rows.reshape(dims);
     }
     // candle has zeros for `u32::MAX`, and says nothing.
-    if let Some(code) = codes.to_vec1::<u32>()?.iter().find(|&&code| code as usize >= size) {
+    if codes.device().is_cpu()
+        && let Some(code) = codes.to_vec1::<u32>()?.iter().find(|&&code| code as usize >= size)
+    {
         bail!("code {code} is out of range: there are {size} (0 to {})", size.saturating_sub(1));
     }
     table.index_select(&codes, D::Minus2)?.reshape(dims)
@@ -68,6 +70,9 @@ mod tests {
     #[test]
     fn codes_that_are_not_there_are_not_passed_over() {
         let device = crate::test_device();
+        if device.is_metal() {
+            return;
+        }
         let table = Tensor::ones((5, 4), DType::F32, &device).unwrap();
         for code in [5, u32::MAX] {
             let codes = Tensor::new(&[0u32, code], &device).unwrap();
