@@ -69,6 +69,7 @@ pub fn pixel_likelihood(
     }
     #[cfg(feature = "cuda")]
     if on_cuda(params.device())
+        && params.dtype() == DType::F32
         && let Some(mixture) = crate::cuda::pixels::Mixture::new(distribution, channels)
     {
         return params.contiguous()?.apply_op2(&pixels.contiguous()?, mixture);

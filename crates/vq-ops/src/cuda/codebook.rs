@@ -150,10 +150,11 @@ impl CustomOp2 for Statistics {
         // SAFETY: the kernel writes every element.
         #[allow(unsafe_code)]
         let out = unsafe { device.alloc::<f32>(size * (dim + 1)) }?;
-        // One more for the largest.
+        // Two more: for the largest, and for whether something is no number.
         let (sums, counts) =
-            (device.alloc_zeros::<u64>(size * dim)?, device.alloc_zeros::<u32>(size + 1)?);
-        let (counts, largest) = counts.split_at(size);
+            (device.alloc_zeros::<u64>(size * dim)?, device.alloc_zeros::<u32>(size + 2)?);
+        let (counts, rest) = counts.split_at(size);
+        let (largest, unclean) = rest.split_at(1);
         // The sum of `count` numbers below 2^digits must be one of 63 bits.
         let digits = (62 - count.max(1).next_power_of_two().trailing_zeros() as i32).min(40);
         let (n, all) = (z.len() as u64, (size * dim) as u64);
@@ -169,6 +170,7 @@ impl CustomOp2 for Statistics {
             &largest,
             &sums,
             &counts,
+            &unclean,
             &rows,
             &k,
             &d,
@@ -182,6 +184,7 @@ impl CustomOp2 for Statistics {
             &sums,
             &counts,
             &largest,
+            &unclean,
             &out,
             &all,
             &k,

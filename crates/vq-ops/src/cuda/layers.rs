@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::{PoisonError, RwLock};
+use std::thread::ThreadId;
 
 use candle_core::cuda::DeviceId;
 use candle_core::cuda::cudarc::driver::{LaunchConfig, PushKernelArg};
@@ -204,11 +205,13 @@ fn sum_columns_as<T: Element>(
     Ok((masked, tensor(CudaStorage::wrap_cuda_slice(sums, device), columns)))
 }
 
-/// Where blocks are counted, all 0 between launches: the address of [`COUNTERS`] numbers.
+/// Where blocks are counted, all 0 between launches: the address of [`COUNTERS`] numbers. Each thread has its own,
+/// since its launches run beside those of others; they stay when it ends.
 pub(super) fn counters(device: &CudaDevice) -> Result<u64> {
-    static KNOWN: RwLock<Option<HashMap<DeviceId, Tensor>>> = RwLock::new(None);
+    static KNOWN: RwLock<Option<HashMap<(DeviceId, ThreadId), Tensor>>> = RwLock::new(None);
+    let own = (device.id(), std::thread::current().id());
     let known = KNOWN.read().unwrap_or_else(PoisonError::into_inner);
-    if let Some(counters) = known.as_ref().and_then(|known| known.get(&device.id())) {
+    if let Some(counters) = known.as_ref().and_then(|known| known.get(&own)) {
         return address::<u32>(counters);
     }
     drop(known);
@@ -216,7 +219,7 @@ pub(super) fn counters(device: &CudaDevice) -> Result<u64> {
     let counters = tensor(CudaStorage::wrap_cuda_slice(zeros, device.clone()), COUNTERS);
     let address = address::<u32>(&counters)?;
     let mut known = KNOWN.write().unwrap_or_else(PoisonError::into_inner);
-    known.get_or_insert_default().insert(device.id(), counters);
+    known.get_or_insert_default().insert(own, counters);
     Ok(address)
 }
 

@@ -322,9 +322,10 @@ __device__ inline double unit(u32 largest, int digits) { return ldexp(1., digits
 #define RUN 8  // vectors that a thread takes one after the other
 
 // Adds the vectors of each code, as integers: so that the sums are the same in whatever order they are added.
-// Neighbours of one code are added up first. Codes that are out of range count for nothing. All is 0 before.
+// Neighbours of one code are added up first. Codes that are out of range count for nothing. All is 0 before;
+// `is_unclean` is not after something that is no number was added.
 extern "C" __global__ void add_vectors(const float* z, const u32* assigned, const u32* largest, u64* sums,
-                                       u32* counts, u32 count, u32 codes, u32 dim, int digits) {
+                                       u32* counts, u32* is_unclean, u32 count, u32 codes, u32 dim, int digits) {
     const double scale = unit(*largest, digits);
     const u64 n = (u64)(count + RUN - 1) / RUN * dim;
     for (u64 i = thread_number(); i < n; i += thread_count()) {
@@ -352,17 +353,18 @@ extern "C" __global__ void add_vectors(const float* z, const u32* assigned, cons
                 run = 0;
             }
             if (j < RUN && next < codes) {
-                sum += (long long)rint((double)value[j] * scale);
+                if (is_finite(value[j])) sum += (long long)rint((double)value[j] * scale);
+                else *is_unclean = 1;
                 run++;
             }
         }
     }
 }
 
-// The sums [codes][dim] and then the counts [codes] as f32.
-extern "C" __global__ void code_statistics(const u64* sums, const u32* counts, const u32* largest, float* to,
-                                           u64 n, u32 codes, int digits) {
-    const double scale = 1. / unit(*largest, digits);
+// The sums [codes][dim] and then the counts [codes] as f32. Where the sums are unclean, none of them is a number.
+extern "C" __global__ void code_statistics(const u64* sums, const u32* counts, const u32* largest,
+                                           const u32* is_unclean, float* to, u64 n, u32 codes, int digits) {
+    const double scale = *is_unclean ? (double)__uint_as_float(0x7fc00000u) : 1. / unit(*largest, digits);
     for (u64 i = thread_number(); i < n + codes; i += thread_count()) {
         to[i] = i < n ? (float)((double)(long long)sums[i] * scale) : (float)counts[i - n];
     }

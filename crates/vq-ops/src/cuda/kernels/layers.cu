@@ -231,8 +231,9 @@ __device__ void sum_columns(const T* __restrict__ grad, const T* __restrict__ ga
             #pragma unroll
             for (u32 i = 0; i < 16; i++) sum += values[i];
         }
-        if (parts == 1) sums[start + c] = sum;
-        else shared[threadIdx.x] = sum;
+        if (parts > 1) shared[threadIdx.x] = sum;
+        // Those beyond the last column have added nothing.
+        else if (part == 0) sums[start + c] = sum;
     }
     if (parts == 1) return;
     __syncthreads();

@@ -35,6 +35,7 @@ __device__ inline LogMass log_mass(float value, float mean, float given) {
 struct LogSum {
     float most, sum;
     __device__ void add(float x) {
+        if (x == -INFINITE) return;
         if (x > most) {
             sum = sum * expf(most - x) + 1.f;
             most = x;
