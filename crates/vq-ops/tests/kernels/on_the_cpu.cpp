@@ -591,7 +591,7 @@ int main() {
     errors_of_images(2, 35, 3, 3); errors_of_images(3, 7, 1, 1);
     codes(1, 1, 1, false); codes(70, 5, 3, false); codes(130, 100, 20, true); codes(65, 64, 64, true);
     looking_up<1>(3); looking_up<4>(12);
-    codes(5, 2, 300, true); codes(2100, 7, 4, false);
+    codes(5, 2, 300, true); codes(2100, 7, 4, false); codes(150, 300, 20, true); codes(200, 260, 35, false);
     counting(1000, 1, 7); counting(900, 3, 40); counting(500, 1, 5000);
     optimizer();
     averages(7, false); averages(40, true);
