@@ -204,8 +204,7 @@ impl Loader {
                 let batch = worker.next_batch();
                 let failed = batch.is_err();
                 // A batch that nobody takes any more comes back, to be dropped here.
-                let is_taken = sender.send(batch).is_ok();
-                if !is_taken || failed {
+                if sender.send(batch).is_err() || failed {
                     break;
                 }
             }

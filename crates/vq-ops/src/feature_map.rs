@@ -2,13 +2,14 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{
-    CpuStorage, CustomOp1, D, DType, Device, Layout, Result, Shape, Storage, Tensor, bail,
-};
-
 #[cfg(feature = "cuda")]
+use candle_core::DType;
+use candle_core::{CpuStorage, CustomOp1, D, Device, Layout, Result, Shape, Storage, Tensor, bail};
+
 use crate::dispatch::on_cuda;
-use crate::pointwise::{channels_last, image_error, replace_value, squared_error};
+use crate::pointwise::{
+    channels_first, channels_last, replace_value, scaled_squared_error, squared_error,
+};
 use crate::primitives::{Outputs, enter, finish, leave};
 
 /// A feature map `[B, H, W, C]` that [stacks](crate::Stack) give and take.
@@ -54,18 +55,20 @@ impl FeatureMap {
         }
     }
 
-    /// [`image_error`](crate::image_error()) of the map.
+    /// `factor` times the mean of (value − image)² of a map that a decoder gave and `images` `[B, C, H, W]`, which get no
+    /// gradient; a scalar, differentiable in the map.
     pub fn image_error(&self, images: &Tensor, factor: f64) -> Result<Tensor> {
-        let Form::Beside(map) = &self.0 else {
-            return image_error(&self.tensor()?, images, factor);
-        };
-        let values = self.values()?;
-        let Some(place) = &map.place else { return image_error(&values, images, factor) };
-        if images.dims4()? != dims_of_images(&values)? {
-            bail!("images {:?} beside {:?}", images.shape(), values.shape());
+        let (b, h, w, c) = self.dims4()?;
+        if images.dims() != [b, c, h, w] {
+            bail!("images {:?} beside a map {:?}", images.shape(), [b, h, w, c]);
         }
-        let (map, images) = (map.clone(), images.detach().contiguous()?);
-        place.apply_op1(ImageErrorOf { map, values, images, factor })
+        let images = images.detach().contiguous()?;
+        match &self.0 {
+            Form::InGraph(map) if !on_cuda(map.device()) => {
+                scaled_squared_error(&channels_first(map)?, &images, factor)
+            }
+            _ => self.to_beside()?.error(self.values()?, Other::Images(images, factor)),
+        }
     }
 
     /// The same map, of which no gradient is asked.
@@ -195,16 +198,27 @@ impl Beside {
     }
 
     fn replace(&self, values: Tensor, others: Tensor) -> Result<Replaced> {
-        let rounded = enter(&others, self.values.dtype(), self.values.dim(D::Minus1)?)?;
-        let replaced = Self::new(rounded, self.channels);
-        let Some(place) = &self.place else {
-            let (map, error) = (FeatureMap::beside(replaced), squared_error(&values, &others)?);
-            return Ok(Replaced { map, error });
-        };
-        let (from, to) = (replaced.gradient.clone(), self.gradient.clone());
-        let map = Self { place: Some(place.apply_op1(PassOn { from, to })?), ..replaced };
-        let error = place.apply_op1(ErrorOf { map: self.clone(), values, others })?;
+        let mut map = Self::new(self.enter(&others)?, self.channels);
+        if let Some(place) = &self.place {
+            let (from, to) = (map.gradient.clone(), self.gradient.clone());
+            map.place = Some(place.apply_op1(PassOn { from, to })?);
+        }
+        let error = self.error(values, Other::Map(others))?;
         Ok(Replaced { map: FeatureMap::beside(map), error })
+    }
+
+    /// How far the map, whose values are given as the graph would have them, is from something else.
+    fn error(&self, values: Tensor, other: Other) -> Result<Tensor> {
+        let op = ErrorOf { map: self.clone(), values, other };
+        match &self.place {
+            Some(place) => place.apply_op1(op),
+            None => op.values.apply_op1_no_bwd(&op),
+        }
+    }
+
+    /// A tensor `[B, H, W, C]` f32 in the map's format.
+    fn enter(&self, x: &Tensor) -> Result<Tensor> {
+        enter(x, self.values.dtype(), self.values.dim(D::Minus1)?)
     }
 }
 
@@ -265,11 +279,46 @@ impl CustomOp1 for PassOn {
     }
 }
 
-/// The mean squared error of a map, whose values are given as they are in the graph.
+/// What a map's values are compared with.
+enum Other {
+    /// `[B, H, W, C]`
+    Map(Tensor),
+    /// `[B, C, H, W]`, and a factor.
+    Images(Tensor, f64),
+}
+
+/// The mean squared error of a map.
 struct ErrorOf {
     map: Beside,
+    /// Of the map, `[B, H, W, C]` f32.
     values: Tensor,
-    others: Tensor,
+    other: Other,
+}
+
+impl ErrorOf {
+    /// The gradient in the map, where the error's is `grad`.
+    fn gradient(&self, grad: &Tensor) -> Result<Tensor> {
+        let Self { map, values, other } = self;
+        #[cfg(feature = "cuda")]
+        if on_cuda(values.device()) {
+            use crate::cuda::training::{error_gradient, image_error_gradient};
+            return match other {
+                Other::Map(other) if map.values.dim(D::Minus1)? == map.channels => {
+                    error_gradient(values, other, grad, map.values.dtype())
+                }
+                Other::Map(other) => map.enter(&error_gradient(values, other, grad, DType::F32)?),
+                Other::Images(images, factor) => {
+                    map.enter(&image_error_gradient(values, images, grad, *factor)?)
+                }
+            };
+        }
+        let (difference, factor) = match other {
+            Other::Map(other) => (values.sub(other)?, 1.),
+            Other::Images(images, factor) => (values.sub(&channels_last(images)?)?, *factor),
+        };
+        let difference = (difference * (2. * factor / values.elem_count() as f64))?;
+        map.enter(&difference.broadcast_mul(grad)?)
+    }
 }
 
 impl CustomOp1 for ErrorOf {
@@ -278,7 +327,13 @@ impl CustomOp1 for ErrorOf {
     }
 
     fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        cpu_storage(&squared_error(&self.values, &self.others)?)
+        let values = &self.values;
+        cpu_storage(&match &self.other {
+            Other::Map(other) => squared_error(values, other)?,
+            Other::Images(images, factor) => {
+                scaled_squared_error(&channels_first(values)?, images, *factor)?
+            }
+        })
     }
 
     #[cfg(feature = "cuda")]
@@ -287,81 +342,17 @@ impl CustomOp1 for ErrorOf {
         _: &candle_core::CudaStorage,
         _: &Layout,
     ) -> Result<(candle_core::CudaStorage, Shape)> {
-        crate::cuda::training::error_between(&self.values, &self.others)
+        use crate::cuda::training::{image_error, mean_squared_error};
+        match &self.other {
+            Other::Map(other) => mean_squared_error(&self.values, other),
+            Other::Images(images, factor) => image_error(&self.values, images, *factor),
+        }
     }
 
     fn bwd(&self, place: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let Self { map: Beside { values, gradient, .. }, values: exact, others } = self;
-        let (dtype, channels) = (values.dtype(), values.dim(D::Minus1)?);
-        gradient.add(error_gradient(exact, others, &grad.detach(), (dtype, channels))?)?;
+        self.map.gradient.add(self.gradient(&grad.detach())?)?;
         Ok(Some(place.detach()))
     }
-}
-
-/// `factor` times the mean squared error of a map, whose values are given as they are in the graph, from images.
-struct ImageErrorOf {
-    map: Beside,
-    values: Tensor,
-    /// `[B, C, H, W]`
-    images: Tensor,
-    factor: f64,
-}
-
-impl CustomOp1 for ImageErrorOf {
-    fn name(&self) -> &'static str {
-        "vq-image-error-of-map"
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        cpu_storage(&image_error(&self.values, &self.images, self.factor)?)
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        _: &candle_core::CudaStorage,
-        _: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        crate::cuda::training::error_from_images(&self.values, &self.images, self.factor)
-    }
-
-    fn bwd(&self, place: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let Self { map: Beside { values, gradient, .. }, values: exact, images, factor } = self;
-        let of_values = image_error_gradient(exact, images, &grad.detach(), *factor)?;
-        gradient.add(enter(&of_values, values.dtype(), values.dim(D::Minus1)?)?)?;
-        Ok(Some(place.detach()))
-    }
-}
-
-/// The gradient of `factor` times the mean of (x − image)², times `grad`, in x `[B, H, W, C]`.
-fn image_error_gradient(x: &Tensor, images: &Tensor, grad: &Tensor, factor: f64) -> Result<Tensor> {
-    let factor = factor / x.elem_count() as f64;
-    #[cfg(feature = "cuda")]
-    if on_cuda(x.device()) {
-        return crate::cuda::training::image_error_gradient(x, images, grad, factor);
-    }
-    (x.sub(&channels_last(images)?)? * (2. * factor))?.broadcast_mul(grad)
-}
-
-/// `[B, C, H, W]` of images beside a map.
-fn dims_of_images(map: &Tensor) -> Result<(usize, usize, usize, usize)> {
-    let (b, h, w, c) = map.dims4()?;
-    Ok((b, c, h, w))
-}
-
-/// The gradient of the mean of (a − b)², times `grad`, in a as a map of that format.
-fn error_gradient(
-    a: &Tensor,
-    b: &Tensor,
-    grad: &Tensor,
-    (dtype, channels): (DType, usize),
-) -> Result<Tensor> {
-    #[cfg(feature = "cuda")]
-    if on_cuda(a.device()) && a.dim(D::Minus1)? == channels {
-        return crate::cuda::training::error_gradient(a, b, grad, dtype);
-    }
-    let difference = (a.sub(b)? * (2. / a.elem_count() as f64))?;
-    enter(&difference.broadcast_mul(grad)?, dtype, channels)
 }
 
 /// From the graph to beside it.
@@ -412,9 +403,7 @@ impl CustomOp1 for StepIn {
     }
 
     fn bwd(&self, place: &Tensor, _: &Tensor, grad: &Tensor) -> Result<Option<Tensor>> {
-        let Beside { values, gradient, .. } = &self.0;
-        let grad = grad.detach().contiguous()?;
-        gradient.add(enter(&grad, values.dtype(), values.dim(D::Minus1)?)?)?;
+        self.0.gradient.add(self.0.enter(&grad.detach().contiguous()?)?)?;
         Ok(Some(place.detach()))
     }
 }

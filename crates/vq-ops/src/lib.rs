@@ -88,7 +88,7 @@ pub use optimizer::{
 pub use packed_linear::PackedLinear;
 pub use pixels::{LOG_SCALES, Logistic, PixelDistribution, pixel_likelihood};
 pub use pointwise::{
-    channels_first, channels_last, image_error, replace_value, scaled_squared_error, squared_error,
+    channels_first, channels_last, replace_value, scaled_squared_error, squared_error,
 };
 pub use precision::{Precision, check_cpu_choice};
 pub use recording::{Recording, can_record, rehearse};

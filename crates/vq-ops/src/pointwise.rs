@@ -34,20 +34,6 @@ pub fn scaled_squared_error(a: &Tensor, b: &Tensor, factor: f64) -> Result<Tenso
     if is_one(factor) { Ok(error) } else { error * factor }
 }
 
-/// `factor` times the mean of (x − image)² of `x` `[B,H,W,C]`, as a decoder gives it, and `images` `[B,C,H,W]`,
-/// which get no gradient; a scalar.
-pub fn image_error(x: &Tensor, images: &Tensor, factor: f64) -> Result<Tensor> {
-    let ((b, h, w, c), dims) = (x.dims4()?, images.dims4()?);
-    if (b, c, h, w) != dims {
-        bail!("images {:?} beside {:?}", images.shape(), x.shape());
-    }
-    let images = images.detach();
-    if on_cuda(x.device()) && has_kernels(x) {
-        return x.contiguous()?.apply_op2(&images.contiguous()?, ImageError { factor });
-    }
-    scaled_squared_error(&channels_first(x)?, &images, factor)
-}
-
 fn mean_squared_error(a: &Tensor, b: &Tensor) -> Result<Tensor> {
     if has_kernels(a) {
         a.contiguous()?.apply_op2(&b.contiguous()?, SquaredError { factor: 1. })
@@ -91,54 +77,6 @@ struct ReplaceValue;
 struct SquaredError {
     #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
     factor: f64,
-}
-
-/// Of images in the other layout. On CUDA only.
-struct ImageError {
-    #[cfg_attr(not(feature = "cuda"), allow(dead_code))]
-    factor: f64,
-}
-
-impl CustomOp2 for ImageError {
-    fn name(&self) -> &'static str {
-        "vq-image-error"
-    }
-
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        bail!("this form is for CUDA")
-    }
-
-    #[cfg(feature = "cuda")]
-    fn cuda_fwd(
-        &self,
-        x: &candle_core::CudaStorage,
-        x_layout: &Layout,
-        images: &candle_core::CudaStorage,
-        images_layout: &Layout,
-    ) -> Result<(candle_core::CudaStorage, Shape)> {
-        let factor = self.factor / x_layout.shape().elem_count() as f64;
-        let (x, images) = ((x, x_layout), (images, images_layout));
-        Ok((crate::cuda::training::image_error(x, images, factor)?, Shape::from(())))
-    }
-
-    #[cfg(feature = "cuda")]
-    fn bwd(
-        &self,
-        x: &Tensor,
-        images: &Tensor,
-        _: &Tensor,
-        grad: &Tensor,
-    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let factor = self.factor / x.elem_count() as f64;
-        let gradient = crate::cuda::training::image_error_gradient(x, images, grad, factor)?;
-        Ok((Some(gradient), None))
-    }
 }
 
 /// The step between channels-last and channels-first, either way.

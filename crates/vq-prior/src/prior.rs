@@ -106,7 +106,7 @@ impl Prior {
 
     /// [`loss`](Self::loss) of a batch that was made for this prior's architecture and device.
     pub fn loss_of(&self, batch: &TrainingBatch) -> Result<Tensor> {
-        let (mode, codes) = (batch.mode(), &batch.codes);
+        let (mode, codes) = (batch.mode(self.config.dropout), &batch.codes);
         let context = self.context(batch.told.clone(), mode)?;
         let mut sum: Option<Tensor> = None;
         let count = self.config.codes_per_position();

@@ -28,7 +28,6 @@ pub struct TrainingBatch {
     /// `[B,h,w,G]`.
     pub(crate) codes: Tensor,
     pub(crate) told: Told,
-    dropout: f64,
     seed: u64,
     /// The same, where work is recorded.
     seed_there: Option<Tensor>,
@@ -57,8 +56,7 @@ impl TrainingBatch {
         } else {
             None
         };
-        let (codes, dropout) = (codes.to_device(device)?, config.dropout);
-        Ok(Self { codes, told, dropout, seed, seed_there })
+        Ok(Self { codes: codes.to_device(device)?, told, seed, seed_there })
     }
 
     /// The number of images.
@@ -89,11 +87,12 @@ impl TrainingBatch {
         std::iter::once(codes).chain(told).chain(seed_there).collect()
     }
 
-    pub(crate) fn mode(&self) -> Mode<'_> {
+    /// How the step runs where so many activations are dropped.
+    pub(crate) fn mode(&self, dropout: f64) -> Mode<'_> {
         let seed = match &self.seed_there {
             Some(number) => DropSeed::OnDevice(number, 0),
             None => DropSeed::Known(self.seed),
         };
-        Mode { tracked: true, training: true, dropout: self.dropout, seed }
+        Mode { tracked: true, training: true, dropout, seed }
     }
 }

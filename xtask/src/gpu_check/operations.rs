@@ -276,7 +276,7 @@ fn elementwise(device: &Device, report: &mut Report) {
     let found = compare(device, &[square, square], F32, |x, _| vq_ops::squared_error(&x[0], &x[1]));
     report.check("squared_error", found);
     let found = compare(device, &[&[4, 6, 5, 3], &[4, 3, 6, 5]], F32, |x, _| {
-        vq_ops::image_error(&x[0], &x[1], 1.5)
+        FeatureMap::from(x[0].clone()).image_error(&x[1], 1.5)
     });
     report.check("image_error", found);
     let found = compare(device, &[&[7, 12]], F32, |x, device| {

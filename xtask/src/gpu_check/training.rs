@@ -13,7 +13,7 @@ use super::checks::{noise, text};
 use super::prior::{Kind, PriorFolder};
 use super::report::Report;
 
-pub(super) type Boxed = Box<dyn std::error::Error + Send + Sync>;
+type Boxed = Box<dyn std::error::Error + Send + Sync>;
 pub(super) type Result<T> = std::result::Result<T, Boxed>;
 
 /// Steps in an epoch.

@@ -125,16 +125,23 @@ impl Quantizer for VectorQuantizer {
     }
 
     fn quantize(&self, z_e: &Tensor) -> Result<Quantized> {
+        if self.is_plain() {
+            // Where a vector is one with its neighbours as it came, no step of the graph has to take them apart.
+            let quantized = self.quantize_map(&z_e.clone().into(), None)?;
+            return Ok(Quantized {
+                z_q: quantized.z_q.tensor()?,
+                codes: quantized.codes,
+                codebook_loss: quantized.codebook_loss,
+                commitment_loss: quantized.commitment_loss,
+                entropy_loss: quantized.entropy_loss,
+            });
+        }
         let codes = self.nearest(z_e)?;
         let (trained, e) = self.lookup(&codes)?;
         let (b, h, w, _) = z_e.dims4()?;
-        // Where a vector is one with its neighbours as it came, no step of the graph has to take them apart.
-        let is_plain = self.is_plain();
-        let (z, e) =
-            if is_plain { (z_e.clone(), e.reshape(z_e.dims())?) } else { (self.flatten(z_e)?, e) };
-        let z_q = self.config.gradient_estimator.apply(&z, &e)?;
+        let z = self.flatten(z_e)?;
         Ok(Quantized {
-            z_q: if is_plain { z_q } else { z_q.reshape(z_e.dims())? },
+            z_q: self.config.gradient_estimator.apply(&z, &e)?.reshape(z_e.dims())?,
             codes: codes.reshape((b, h, w))?,
             codebook_loss: codebook_loss(&z, trained.as_ref())?,
             commitment_loss: squared_error(&z, &e)?,

@@ -306,27 +306,28 @@ pub(crate) fn squared_error(
     Ok(CudaStorage::wrap_cuda_slice(to, device.clone()))
 }
 
-/// factor·Σ(x − image)² of contiguous f32 `x` `[B, H, W, C]` and images `[B, C, H, W]`: a scalar.
+/// `factor` times the mean of (x − image)² of `x` `[B, H, W, C]` and images `[B, C, H, W]`, contiguous f32.
 pub(crate) fn image_error(
-    (x, x_layout): (&CudaStorage, &Layout),
-    (images, images_layout): (&CudaStorage, &Layout),
+    x: &Tensor,
+    images: &Tensor,
     factor: f64,
-) -> Result<CudaStorage> {
-    let device = &x.device;
-    let (_, h, w, c) = x_layout.shape().dims4()?;
-    let (x, images) = (view::<f32>(x, x_layout)?, view::<f32>(images, images_layout)?);
-    if x.len() != images.len() {
-        bail!("{} numbers beside {}", x.len(), images.len());
+) -> Result<(CudaStorage, Shape)> {
+    let device = cuda_device(x)?;
+    let (_, h, w, c) = x.dims4()?;
+    let count = x.elem_count();
+    if images.elem_count() != count {
+        bail!("{:?} beside {:?}", images.shape(), x.shape());
     }
-    let blocks = x.len().div_ceil(2048).clamp(1, 4 * BLOCKS);
+    let blocks = count.div_ceil(2048).clamp(1, 4 * BLOCKS);
     // SAFETY: the kernel writes every element.
     #[allow(unsafe_code)]
     let (partial, to) = unsafe { (device.alloc::<f64>(blocks)?, device.alloc::<f32>(1)?) };
-    let (n, counter) = (x.len() as u64, counters(device)?);
+    let (x, images) = (address::<f32>(x)?, address::<f32>(images)?);
+    let (n, counter, factor) = (count as u64, counters(&device)?, factor / count as f64);
     let (pixels, channels) = ((h * w) as u32, c as u32);
     let config = grid(blocks as u32, 1);
     launch!(
-        device,
+        &device,
         "image_error",
         config,
         &x,
@@ -339,22 +340,7 @@ pub(crate) fn image_error(
         &pixels,
         &channels
     );
-    Ok(CudaStorage::wrap_cuda_slice(to, device.clone()))
-}
-
-/// [`image_error`] times the mean's divisor, of tensors.
-pub(crate) fn error_from_images(
-    x: &Tensor,
-    images: &Tensor,
-    factor: f64,
-) -> Result<(CudaStorage, Shape)> {
-    let factor = factor / x.elem_count() as f64;
-    let ((x_storage, x_layout), (images_storage, images_layout)) =
-        (x.storage_and_layout(), images.storage_and_layout());
-    let (Storage::Cuda(x), Storage::Cuda(images)) = (&*x_storage, &*images_storage) else {
-        bail!("needs tensors on the CUDA device")
-    };
-    Ok((image_error((x, x_layout), (images, images_layout), factor)?, Shape::from(())))
+    Ok((CudaStorage::wrap_cuda_slice(to, device), Shape::from(())))
 }
 
 /// The gradient of [`image_error`] in x where the scalar's is `grad`.
@@ -372,7 +358,7 @@ pub(crate) fn image_error_gradient(
     let to = unsafe { device.alloc::<f32>(count) }?;
     let (x_at, images_at) = (address::<f32>(x)?, address::<f32>(images)?);
     let grad_at = address::<f32>(grad)?;
-    let (n, factor) = (count as u64, (2. * factor) as f32);
+    let (n, factor) = (count as u64, (2. * factor / count as f64) as f32);
     let (pixels, channels) = ((h * w) as u32, c as u32);
     let name = "image_error_gradient";
     let config = per_element(count);
@@ -382,8 +368,8 @@ pub(crate) fn image_error_gradient(
     Ok(tensor(CudaStorage::wrap_cuda_slice(to, device), x.shape()))
 }
 
-/// The mean of (a − b)².
-pub(crate) fn error_between(a: &Tensor, b: &Tensor) -> Result<(CudaStorage, Shape)> {
+/// The mean of (a − b)² of contiguous f32 tensors of one shape.
+pub(crate) fn mean_squared_error(a: &Tensor, b: &Tensor) -> Result<(CudaStorage, Shape)> {
     let ((a_storage, a_layout), (b_storage, b_layout)) =
         (a.storage_and_layout(), b.storage_and_layout());
     let (Storage::Cuda(x), Storage::Cuda(y)) = (&*a_storage, &*b_storage) else {

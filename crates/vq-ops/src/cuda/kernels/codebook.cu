@@ -71,10 +71,12 @@ __device__ inline double distance(const float* z, const float* e, u32 dim, bool 
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-// The largest of 256 threads' numbers, which all get. 256 threads.
-__device__ inline float largest_of_all(float own) {
+// The largest of all codes' norms, for all. 256 threads.
+__device__ inline float largest_norm_of(const float* norms, u32 codes) {
     __shared__ float all[256];
-    all[threadIdx.x] = own;
+    float most = 0.f;
+    for (u32 k = threadIdx.x; k < codes; k += 256) most = norms[k] > most ? norms[k] : most;
+    all[threadIdx.x] = most;
     for (u32 width = 128; width > 0; width /= 2) {
         __syncthreads();
         if (threadIdx.x < width && all[threadIdx.x + width] > all[threadIdx.x]) all[threadIdx.x] = all[threadIdx.x + width];
@@ -142,12 +144,6 @@ __device__ inline void meet(Best& best, float score, u32 code) {
     best.second = worse < best.second ? worse : best.second;
     best.score = is_better ? score : best.score;
     best.code = is_better ? code : best.code;
-}
-
-__device__ inline float largest_norm_of(const float* norms, u32 codes) {
-    float most = 0.f;
-    for (u32 k = threadIdx.x; k < codes; k += 256) most = norms[k] > most ? norms[k] : most;
-    return largest_of_all(most);
 }
 
 // The code with the least distance of each vector; the lowest of those that are equally far. A vector that is not
