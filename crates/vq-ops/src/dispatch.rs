@@ -25,6 +25,23 @@ static FORM: LazyLock<Form> = LazyLock::new(|| match std::env::var(FORM_VARIABLE
     _ => Form::Fastest,
 });
 
+/// The `cpu_fwd` of an operation on so many operands that is never given tensors of the CPU.
+macro_rules! not_on_the_cpu {
+    ($($operand:ident),+) => {
+        fn cpu_fwd(
+            &self,
+            $(
+                #[allow(unused_variables)]
+                $operand: &candle_core::CpuStorage,
+                _: &candle_core::Layout,
+            )+
+        ) -> candle_core::Result<(candle_core::CpuStorage, candle_core::Shape)> {
+            candle_core::bail!("{} has another form on the CPU", self.name())
+        }
+    };
+}
+pub(crate) use not_on_the_cpu;
+
 thread_local! {
     static FORCED: Cell<Option<Form>> = const { Cell::new(None) };
 }

@@ -1,7 +1,10 @@
 //! A few numbers on a device, without waiting for it and in one launch on CUDA.
 
-use candle_core::{CpuStorage, CustomOp3, DType, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CustomOp3, DType, Result, Tensor, bail};
+#[cfg(feature = "cuda")]
+use candle_core::{Layout, Shape};
 
+use crate::dispatch::not_on_the_cpu;
 #[cfg(feature = "cuda")]
 use crate::dispatch::on_cuda;
 use crate::pointwise::is_one;
@@ -46,17 +49,7 @@ impl CustomOp3 for WeightedSum {
         "vq-weighted-sum"
     }
 
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        bail!("this form is for CUDA")
-    }
+    not_on_the_cpu!(x, y, z);
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(

@@ -2,12 +2,11 @@
 
 use candle_core::cuda::cudarc::driver::LaunchConfig;
 use candle_core::cuda::cudarc::driver::PushKernelArg;
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Tensor, bail,
-};
+use candle_core::{CudaStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Tensor, bail};
 
 use super::{address, grid, launch, per_element, view};
 use crate::codebook_average::{AverageRule, CodebookAverages, StepNumber};
+use crate::dispatch::not_on_the_cpu;
 
 /// Vectors from which on blocks of 128 of them keep the device busy, which are faster than those of 64.
 const MANY: usize = 128 * 264;
@@ -30,15 +29,7 @@ impl CustomOp2 for Nearest {
         "vq-nearest-codes"
     }
 
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        bail!("this form of the search is for CUDA")
-    }
+    not_on_the_cpu!(x, y);
 
     fn cuda_fwd(
         &self,
@@ -74,15 +65,7 @@ impl CustomOp2 for Lookup {
         "vq-lookup"
     }
 
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        bail!("this form of the lookup is for CUDA")
-    }
+    not_on_the_cpu!(x, y);
 
     fn cuda_fwd(
         &self,
@@ -126,15 +109,7 @@ impl CustomOp2 for Statistics {
         "vq-code-statistics"
     }
 
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        bail!("this form of the statistics is for CUDA")
-    }
+    not_on_the_cpu!(x, y);
 
     fn cuda_fwd(
         &self,
@@ -205,9 +180,7 @@ impl CustomOp1 for Count {
         "vq-count-codes"
     }
 
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        bail!("this form is for CUDA")
-    }
+    not_on_the_cpu!(x);
 
     fn cuda_fwd(&self, codes: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
         let device = &codes.device;

@@ -1,10 +1,11 @@
 //! The likelihood of pixels under mixtures of logistics.
 
 use candle_core::cuda::cudarc::driver::{LaunchConfig, PushKernelArg};
-use candle_core::{CpuStorage, CudaStorage, CustomOp2, Layout, Result, Shape, Tensor, bail};
+use candle_core::{CudaStorage, CustomOp2, Layout, Result, Shape, Tensor};
 
 use super::{address, cuda_device, launch, tensor, view};
 use crate::PixelDistribution;
+use crate::dispatch::not_on_the_cpu;
 
 /// Threads of a block, and numbers that it has before it, as in `pixels.cu`.
 const THREADS: usize = 64;
@@ -45,15 +46,7 @@ impl CustomOp2 for Mixture {
         "vq-pixel-likelihood"
     }
 
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        bail!("this form is for CUDA")
-    }
+    not_on_the_cpu!(x, y);
 
     fn cuda_fwd(
         &self,

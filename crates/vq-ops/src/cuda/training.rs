@@ -2,14 +2,14 @@
 
 use candle_core::cuda::cudarc::driver::{DeviceRepr, PushKernelArg};
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor,
-    bail,
+    CudaStorage, CustomOp1, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, bail,
 };
 
 use super::layers::counters;
 use super::{
     Element, address, address_or_null, cuda_device, grid, launch, per_element, tensor, view,
 };
+use crate::dispatch::not_on_the_cpu;
 use crate::dropout::{DropSeed, threshold_and_scale};
 use crate::optimizer::{AdamWSlot, AdamWStep};
 
@@ -100,9 +100,7 @@ impl CustomOp1 for NormAndScale<'_> {
         "vq-norm-and-scale"
     }
 
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        bail!("this form of the norm is for CUDA")
-    }
+    not_on_the_cpu!(x);
 
     fn cuda_fwd(&self, any: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
         let device = &any.device;
@@ -137,17 +135,7 @@ impl CustomOp3 for Images {
         "vq-images"
     }
 
-    fn cpu_fwd(
-        &self,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-        _: &CpuStorage,
-        _: &Layout,
-    ) -> Result<(CpuStorage, Shape)> {
-        bail!("this form is for CUDA")
-    }
+    not_on_the_cpu!(x, y, z);
 
     fn cuda_fwd(
         &self,
@@ -210,9 +198,7 @@ impl CustomOp1 for Dropout {
         "vq-dropout"
     }
 
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
-        bail!("this form is for CUDA")
-    }
+    not_on_the_cpu!(x);
 
     fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
         let device = &x.device;

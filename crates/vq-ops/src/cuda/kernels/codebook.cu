@@ -1,16 +1,11 @@
 // The nearest code of each vector, and what was assigned to each code.
 
-// The codebook's mean: one block per component. Threads: a power of two.
+// The codebook's mean: one block of 256 threads per component.
 extern "C" __global__ void codebook_mean(const float* codebook, float* mean, u32 codes, u32 dim) {
-    __shared__ double sums[256];
     double sum = 0.;
-    for (u32 k = threadIdx.x; k < codes; k += blockDim.x) sum += codebook[(u64)k * dim + blockIdx.x];
-    sums[threadIdx.x] = sum;
-    for (u32 width = blockDim.x / 2; width > 0; width /= 2) {
-        __syncthreads();
-        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
-    }
-    if (threadIdx.x == 0) mean[blockIdx.x] = (float)(sums[0] / codes);
+    for (u32 k = threadIdx.x; k < codes; k += 256) sum += codebook[(u64)k * dim + blockIdx.x];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) mean[blockIdx.x] = (float)(sum / codes);
 }
 
 // ½‖e − mean‖² of every code: 32 threads each, 8 codes a block.
@@ -400,7 +395,6 @@ __device__ inline float decay_in(const u32* step, double decay, double warmup) {
 // N = dN + (1 - d)n, and the sum of N. One block; threads: 256.
 extern "C" __global__ void average_usage(const float* counts, float* usage, float* total, const u32* step,
                                          double decay, double warmup, u32 codes) {
-    __shared__ double sums[256];
     const float d = decay_in(step, decay, warmup);
     double sum = 0.;
     for (u32 k = threadIdx.x; k < codes; k += 256) {
@@ -408,12 +402,8 @@ extern "C" __global__ void average_usage(const float* counts, float* usage, floa
         usage[k] = n;
         sum += n;
     }
-    sums[threadIdx.x] = sum;
-    for (u32 width = 128; width > 0; width /= 2) {
-        __syncthreads();
-        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
-    }
-    if (threadIdx.x == 0) total[0] = (float)sums[0];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) total[0] = (float)sum;
 }
 
 // m = dm + (1 - d)s and, of codes that were chosen, e = m/((N + epsilon)/(total + codes·epsilon)·total), of

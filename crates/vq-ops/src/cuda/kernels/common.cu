@@ -78,3 +78,15 @@ __device__ inline bool is_last_block(u32* counter, u32 blocks) {
     __syncthreads();
     return place == blocks - 1;
 }
+
+// Σ of `sum` over a block of 256 threads, for all of them.
+__device__ inline double block_sum(double sum) {
+    __shared__ double sums[256];
+    sums[threadIdx.x] = sum;
+    for (u32 width = 128; width > 0; width /= 2) {
+        __syncthreads();
+        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
+    }
+    __syncthreads();
+    return sums[0];
+}

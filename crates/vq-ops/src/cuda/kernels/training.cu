@@ -36,33 +36,23 @@ struct SumTable { SumSlot at[SLOTS]; };
 
 // Sums of squares in f64, one per block: [tensors][gridDim.x]. 256 threads.
 extern "C" __global__ void squares(SumTable table, double* partial) {
-    __shared__ double sums[256];
     SumSlot slot = table.at[blockIdx.y];
     double sum = 0.;
     for (u64 i = thread_number(); i < slot.n; i += thread_count()) {
         sum += (double)slot.from[i] * (double)slot.from[i];
     }
-    sums[threadIdx.x] = sum;
-    for (u32 width = 128; width > 0; width /= 2) {
-        __syncthreads();
-        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
-    }
-    if (threadIdx.x == 0) partial[(u64)blockIdx.y * gridDim.x + blockIdx.x] = sums[0];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partial[(u64)blockIdx.y * gridDim.x + blockIdx.x] = sum;
 }
 
 // [the root of the sum of `n` numbers, the factor that brings it down to `limit`]; no limit where it is 0,
 // and no number where the sum is none. One block of 256 threads.
 extern "C" __global__ void norm_and_scale(const double* partial, float* to, u32 n, float limit) {
-    __shared__ double sums[256];
     double sum = 0.;
     for (u32 i = threadIdx.x; i < n; i += 256) sum += partial[i];
-    sums[threadIdx.x] = sum;
-    for (u32 width = 128; width > 0; width /= 2) {
-        __syncthreads();
-        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
-    }
+    sum = block_sum(sum);
     if (threadIdx.x == 0) {
-        float norm = (float)sqrt(sums[0]);
+        float norm = (float)sqrt(sum);
         to[0] = norm;
         to[1] = !is_finite(norm) ? __uint_as_float(0x7fc00000u) : limit > 0.f && norm > limit ? limit / norm : 1.f;
     }
@@ -117,22 +107,13 @@ extern "C" __global__ void dropout(const float* from, float* to, u64 n, const u3
 
 // factor·Σ of `sum` over all threads. Each block adds up its own, and the last one the blocks. 256 threads.
 __device__ inline void sum_up(double sum, double* partial, float* to, u32* counter, double factor) {
-    __shared__ double sums[256];
-    sums[threadIdx.x] = sum;
-    for (u32 width = 128; width > 0; width /= 2) {
-        __syncthreads();
-        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
-    }
-    if (threadIdx.x == 0) partial[blockIdx.x] = sums[0];
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) partial[blockIdx.x] = sum;
     if (!is_last_block(counter, gridDim.x)) return;
     sum = 0.;
     for (u32 i = threadIdx.x; i < gridDim.x; i += 256) sum += partial[i];
-    sums[threadIdx.x] = sum;
-    for (u32 width = 128; width > 0; width /= 2) {
-        __syncthreads();
-        if (threadIdx.x < width) sums[threadIdx.x] += sums[threadIdx.x + width];
-    }
-    if (threadIdx.x == 0) to[0] = (float)(sums[0] * factor);
+    sum = block_sum(sum);
+    if (threadIdx.x == 0) to[0] = (float)(sum * factor);
 }
 
 // factor·Σ(a − b)². 256 threads.
