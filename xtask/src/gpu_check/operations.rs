@@ -1,6 +1,6 @@
 //! Every operation, on the device and on the CPU.
 
-use candle_core::{Device, Result, Tensor};
+use candle_core::{Device, Result, Tensor, Var};
 use vq_ops::{
     AdamWSlot, AdamWStep, Conv2d, ConvTranspose2d, DropSeed, FeatureMap, Layer, MIRRORED,
     PackedLinear, PixelDistribution, Precision, Replaced, Stack, Staging,
@@ -34,6 +34,7 @@ pub(super) fn check(device: &Device, report: &mut Report) {
     pictures(device, report);
     elementwise(device, report);
     of_priors(device, report);
+    threads(device, report);
     vq_ops::set_strict_f32(false);
 }
 
@@ -353,4 +354,34 @@ fn of_priors(device: &Device, report: &mut Report) {
         PackedLinear::new(&x[1], &x[2])?.forward(&x[0], true)
     });
     report.check("packed linear", found);
+}
+
+/// A convolution and its gradients on threads that come one after the other, to the bit.
+fn threads(device: &Device, report: &mut Report) {
+    let run = || -> Result<Vec<f32>> {
+        let of = |dims: &[usize], seed| -> Result<Var> {
+            Var::from_tensor(&Tensor::from_vec(noise(dims, seed), dims, device)?)
+        };
+        let (x, weight) = (of(&[4, 9, 9, 16], 1)?, of(&[8, 16, 3, 3], 2)?);
+        let y = vq_ops::conv2d(&x, &weight, None, Conv2d::default())?;
+        let gradients = y.sqr()?.sum_all()?.backward()?;
+        let mut all = y.flatten_all()?.to_vec1()?;
+        for var in [&x, &weight] {
+            let Some(gradient) = gradients.get(var) else { candle_core::bail!("no gradient") };
+            all.extend(gradient.flatten_all()?.to_vec1::<f32>()?);
+        }
+        Ok(all)
+    };
+    let elsewhere = || match std::thread::scope(|scope| scope.spawn(run).join()) {
+        Ok(there) => there,
+        Err(_) => candle_core::bail!("a thread panicked"),
+    };
+    let found = || -> Result<bool> {
+        let here = run()?;
+        Ok(elsewhere()? == here && elsewhere()? == here)
+    };
+    let found = found().map_err(text).and_then(|is_equal| {
+        if is_equal { Ok("equal".to_owned()) } else { Err("other bits".to_owned()) }
+    });
+    report.check("products on other threads", found);
 }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::cuda::cudarc::cudnn::{
     ConvBackwardData, ConvBackwardFilter, ConvDescriptor, ConvForward, Cudnn, CudnnError,
@@ -20,9 +20,31 @@ use crate::cpu::pack::Images;
 use crate::primitives::Product;
 
 thread_local! {
-    // A handle belongs to one thread, as candle keeps its own.
-    static STATES: RefCell<HashMap<(DeviceId, Queue), State>> = RefCell::new(HashMap::new());
+    static STATES: RefCell<States> = RefCell::new(States(HashMap::new()));
 }
+
+/// What threads that have ended leave to those that come.
+static LEFT: Mutex<Vec<(Place, Left)>> = Mutex::new(Vec::new());
+
+type Place = (DeviceId, Queue);
+
+/// What a thread has: a handle of cuDNN's is used by one at a time.
+struct States(HashMap<Place, State>);
+
+impl Drop for States {
+    fn drop(&mut self) {
+        // Nothing is closed here: when a thread ends, what the libraries keep for it may be gone already.
+        let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+        left.extend(self.0.drain().map(|(place, state)| (place, Left(state))));
+    }
+}
+
+struct Left(State);
+
+// SAFETY: cuDNN binds its handles and descriptions to no thread; they may only not be used by two at once. All that
+// counts references to them is in the state.
+#[allow(unsafe_code)]
+unsafe impl Send for Left {}
 
 /// Where a product runs.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -208,22 +230,43 @@ fn with_state<R>(
     work: impl FnOnce(&mut State) -> Result<R>,
 ) -> Result<R> {
     STATES.with_borrow_mut(|states| {
-        let state = match states.entry((device.id(), queue)) {
+        let state = match states.0.entry((device.id(), queue)) {
             Entry::Occupied(known) => known.into_mut(),
             Entry::Vacant(place) => {
-                let main = device.cuda_stream();
-                let stream = match queue {
-                    Queue::Main => main,
-                    Queue::Aside => main.context().new_stream().w()?,
+                let state = match left(place.key()) {
+                    Some(state) => {
+                        // Its workspace may be in use by what the other thread gave to its queue.
+                        device.cuda_stream().context().synchronize().w()?;
+                        state
+                    }
+                    None => State::new(device, queue)?,
                 };
-                let cudnn = Cudnn::new(stream.clone())
-                    .map_err(|error| Error::Msg(format!("cuDNN does not open: {error}")))?;
-                let (f32, bf16) = (HashMap::new(), HashMap::new());
-                place.insert(State { stream, cudnn, f32, bf16, workspace: None })
+                place.insert(state)
             }
         };
         work(state)
     })
+}
+
+/// What a thread that has ended left.
+fn left(place: &Place) -> Option<State> {
+    let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
+    let found = left.iter().position(|(of, _)| of == place)?;
+    let (_, Left(state)) = left.swap_remove(found);
+    Some(state)
+}
+
+impl State {
+    fn new(device: &CudaDevice, queue: Queue) -> Result<Self> {
+        let main = device.cuda_stream();
+        let stream = match queue {
+            Queue::Main => main,
+            Queue::Aside => main.context().new_stream().w()?,
+        };
+        let cudnn = Cudnn::new(stream.clone())
+            .map_err(|error| Error::Msg(format!("cuDNN does not open: {error}")))?;
+        Ok(Self { stream, cudnn, f32: HashMap::new(), bf16: HashMap::new(), workspace: None })
+    }
 }
 
 fn plan<T: Planned>(
