@@ -210,9 +210,7 @@ impl Loader {
             }
             // On CUDA a thread must not end with anything left in its queue: one in four then hung there.
             // Whatever is wrong with the device, whoever uses it learns.
-            if !worker.loader.device.is_cpu() {
-                let _ = worker.loader.device.synchronize();
-            }
+            let _ = wait_for(&worker.loader.device);
         };
         let feed = match std::thread::Builder::new().name("vq-data-loader".to_owned()).spawn(run) {
             Ok(thread) => {
@@ -444,12 +442,17 @@ impl Loader {
 
     /// A tensor that has been made for another thread.
     fn to_device(&self, tensor: Tensor) -> Result<Tensor, Error> {
-        if !self.device.is_cpu() {
-            // Each thread has a queue of its own on CUDA: whoever takes the batch must find it there.
-            self.device.synchronize()?;
-        }
+        wait_for(&self.device)?;
         Ok(tensor)
     }
+}
+
+/// Waits until a device has done what this thread gave it; also where something went wrong before, which CUDA's
+/// bindings say instead of waiting.
+fn wait_for(device: &Device) -> candle_core::Result<()> {
+    device.synchronize().inspect_err(|_| {
+        let _ = device.synchronize();
+    })
 }
 
 /// u8 `[C,H,W]` → f32 `[C,H,W]` by the tables of its channels, mirrored left to right if `flip`.

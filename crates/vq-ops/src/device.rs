@@ -1,6 +1,6 @@
 //! Opening a device.
 
-use std::cell::OnceCell;
+use std::cell::{Cell, OnceCell};
 use std::panic::{self, AssertUnwindSafe};
 use std::sync::OnceLock;
 
@@ -26,6 +26,18 @@ pub fn open_cuda(number: usize) -> Result<Device> {
         }
         Ok(device)
     })
+}
+
+/// Waits until a device has done what this thread gave it. On CUDA each thread has a queue of its own: a tensor may go
+/// to another thread only after this, and a thread should not end before it.
+///
+/// An error where anything that was given to the device before has failed; it is waited for in that case too.
+pub fn wait_for(device: &Device) -> Result<()> {
+    match device {
+        #[cfg(feature = "cuda")]
+        Device::Cuda(device) => crate::cuda::wait(&device.cuda_stream()),
+        _ => device.synchronize(),
+    }
 }
 
 /// Opens the Metal device. An error where there is none: candle panics there.
@@ -116,15 +128,16 @@ fn finish_with_the_thread(device: &Device) {
     impl Drop for Finish {
         fn drop(&mut self) {
             // A test that fails has said so already.
-            let _ = self.0.synchronize();
+            let _ = wait_for(&self.0);
         }
     }
     thread_local! {
+        static IS_TO_FINISH: Cell<bool> = const { Cell::new(false) };
         static FINISH: OnceCell<Finish> = const { OnceCell::new() };
     }
-    if device.is_cuda() && FINISH.with(|finish| finish.get().is_none()) {
+    if device.is_cuda() && !IS_TO_FINISH.replace(true) {
         // What CUDA keeps for a thread must be there first, to be taken down last.
-        let _ = device.synchronize();
+        let _ = wait_for(device);
         FINISH.with(|finish| {
             finish.get_or_init(|| Finish(device.clone()));
         });

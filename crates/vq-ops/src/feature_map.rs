@@ -67,7 +67,11 @@ impl FeatureMap {
             Form::InGraph(map) if !on_cuda(map.device()) => {
                 scaled_squared_error(&channels_first(map)?, &images, factor)
             }
-            _ => self.to_beside()?.error(self.values()?, Other::Images(images, factor)),
+            _ => {
+                let map = self.to_beside()?;
+                let values = leave(&map.values, map.channels)?;
+                map.error(values, Other::Images(images, factor))
+            }
         }
     }
 

@@ -162,8 +162,8 @@ mod tests {
     use candle_core::Var;
 
     use super::*;
-    use crate::dispatch::{only_composed, only_primitives};
-    use crate::testing::{noise, relative_error, values};
+    use crate::dispatch::only_primitives;
+    use crate::testing::{exactly, noise, relative_error, values};
     use crate::{Conv2d, ConvTranspose2d, Gradients, Layer, Precision, Replaced, Stack};
 
     #[track_caller]
@@ -260,7 +260,7 @@ mod tests {
         for channels in [8, 5, 2] {
             for (precision, allowed) in [(Precision::F32, 1e-5), (Precision::Bf16, 0.03)] {
                 let network = Network::new(channels, precision);
-                let exact = only_composed(|| network.run(false));
+                let exact = exactly(|| Network::new(channels, precision).run(false));
                 for beside in [false, true] {
                     let ours = only_primitives(|| network.run(beside));
                     assert_alike(&ours, &exact, allowed);
@@ -278,16 +278,16 @@ mod tests {
     fn windows_are_taken_of_maps_too() {
         let layers =
             [conv(3, 2, 3, 1, false), conv(2, 8, 4, 2, false), conv(2 + 2 + 3, 5, 4, 2, false)];
-        let params: Vec<[Var; 2]> = layers
-            .iter()
-            .zip(1u64..)
-            .map(|(layer, stack)| {
-                let shapes: Vec<_> = layer.parameters().into_iter().map(|(_, s)| s).collect();
-                [noise(&shapes[0], 10 * stack), noise(&shapes[1], 10 * stack + 1)]
-            })
-            .collect();
-        let x = noise(&[2, 6, 8, 3], 1);
         let run = |precision| {
+            let params: Vec<[Var; 2]> = layers
+                .iter()
+                .zip(1u64..)
+                .map(|(layer, stack)| {
+                    let shapes: Vec<_> = layer.parameters().into_iter().map(|(_, s)| s).collect();
+                    [noise(&shapes[0], 10 * stack), noise(&shapes[1], 10 * stack + 1)]
+                })
+                .collect();
+            let x = noise(&[2, 6, 8, 3], 1);
             let forward = |i: usize, maps: &[(&FeatureMap, usize)]| {
                 let mut stack = Stack::new(vec![layers[i].clone()]).unwrap();
                 stack.set_precision(precision);
@@ -306,7 +306,7 @@ mod tests {
             vars.map(|var| values(store.get(var).unwrap())).collect::<Vec<_>>()
         };
         for (precision, allowed) in [(Precision::F32, 1e-5), (Precision::Bf16, 0.03)] {
-            let exact = only_composed(|| run(Precision::F32));
+            let exact = exactly(|| run(Precision::F32));
             let ours = only_primitives(|| run(precision));
             assert_alike(&ours, &exact, allowed);
         }
@@ -319,16 +319,16 @@ mod tests {
             [(8, [true, true]), (5, [true, true]), (8, [true, false]), (8, [false, true])]
         {
             let layers = [conv(3, channels, 3, 1, false), conv(channels, 4, 4, 2, true)];
-            let params: Vec<Vec<Var>> = layers
-                .iter()
-                .zip(1u64..)
-                .map(|(layer, stack)| {
-                    let shapes = layer.parameters().into_iter().zip(0u64..);
-                    shapes.map(|((_, shape), i)| noise(&shape, 10 * stack + i)).collect()
-                })
-                .collect();
-            let x = noise(&[2, 6, 8, 3], 2);
             let run = |precision, is_tracked: bool| {
+                let params: Vec<Vec<Var>> = layers
+                    .iter()
+                    .zip(1u64..)
+                    .map(|(layer, stack)| {
+                        let shapes = layer.parameters().into_iter().zip(0u64..);
+                        shapes.map(|((_, shape), i)| noise(&shape, 10 * stack + i)).collect()
+                    })
+                    .collect();
+                let x = noise(&[2, 6, 8, 3], 2);
                 let tensor = |var: &Var| {
                     if is_tracked { var.as_tensor().clone() } else { var.as_detached_tensor() }
                 };
@@ -362,7 +362,7 @@ mod tests {
                 std::iter::once(values(&loss)).chain(of).collect::<Vec<_>>()
             };
             for (precision, allowed) in [(Precision::F32, 1e-5), (Precision::Bf16, 0.03)] {
-                let exact = only_composed(|| run(Precision::F32, true));
+                let exact = exactly(|| run(Precision::F32, true));
                 let ours = only_primitives(|| run(precision, true));
                 assert_alike(&ours, &exact, allowed);
                 assert_eq!(only_primitives(|| run(precision, false))[0], ours[0]);
@@ -382,10 +382,11 @@ mod tests {
             };
             let layers = vec![conv(3, 8, 3, 1, false), up];
             let shapes = layers.iter().flat_map(Layer::parameters).zip(1u64..);
-            let params: Vec<Var> = shapes.map(|((_, shape), i)| noise(&shape, i)).collect();
-            let x = noise(&[2, 5, 4, 3], 20);
-            let images = noise(&[2, channels, 10, 8], 21);
+            let shapes: Vec<_> = shapes.map(|((_, shape), i)| (shape, i)).collect();
+            let inputs = || (noise(&[2, 5, 4, 3], 20), noise(&[2, channels, 10, 8], 21));
             let run = |precision| {
+                let params: Vec<Var> = shapes.iter().map(|(shape, i)| noise(shape, *i)).collect();
+                let (x, images) = inputs();
                 let mut stack = Stack::new(layers.clone()).unwrap();
                 stack.set_precision(precision);
                 let given: Vec<Tensor> = params.iter().map(|var| var.as_tensor().clone()).collect();
@@ -400,9 +401,10 @@ mod tests {
                 std::iter::once(values(&error)).chain(of).collect::<Vec<_>>()
             };
             for (precision, allowed) in [(Precision::F32, 1e-5), (Precision::Bf16, 0.03)] {
-                let exact = only_composed(|| run(Precision::F32));
+                let exact = exactly(|| run(Precision::F32));
                 assert_alike(&only_primitives(|| run(precision)), &exact, allowed);
             }
+            let (x, images) = inputs();
             let y = FeatureMap::from(x.as_tensor().clone());
             assert!(y.image_error(&images, 1.).is_err());
         }

@@ -68,7 +68,7 @@ pub use codebook_average::{AverageRule, CodebookAverages, StepNumber, average_co
 pub use conv::{Conv2d, ConvTranspose2d, conv_transpose2d, conv2d};
 #[doc(hidden)]
 pub use device::test_device;
-pub use device::{gpu_name, is_strict_f32, open_cuda, open_metal, set_strict_f32};
+pub use device::{gpu_name, is_strict_f32, open_cuda, open_metal, set_strict_f32, wait_for};
 pub use dropout::{DropSeed, dropout};
 pub use feature_map::{FeatureMap, Replaced};
 pub use gate::{gate, gate_sum};

@@ -39,7 +39,7 @@ pub fn rehearse<R>(device: &Device, work: impl FnOnce() -> R) -> R {
 
 impl Recording {
     /// Records what `work` asks of the device, which does none of it now. The work must have been
-    /// [rehearsed](rehearse), must not wait for the device, and must leave its results in tensors that were
+    /// [rehearsed](rehearse) on this thread, must not wait for the device, and must leave its results in tensors that were
     /// there before: all others have to be gone when it returns.
     ///
     /// An error of `work`, or of the device where something cannot be recorded; the device is as good as

@@ -1,6 +1,20 @@
 //! What the tests of several modules need.
 
-use candle_core::{Tensor, Var};
+use std::cell::Cell;
+
+use candle_core::{Device, Tensor, Var};
+
+thread_local! {
+    static ON_CPU: Cell<bool> = const { Cell::new(false) };
+}
+
+/// `work` by candle's own operations, on the CPU: what the others are compared with. Its [`noise`] lies there.
+pub(crate) fn exactly<R>(work: impl FnOnce() -> R) -> R {
+    ON_CPU.set(true);
+    let done = crate::composed::only(work);
+    ON_CPU.set(false);
+    done
+}
 
 /// Numbers in [-1, 1), on the device of the tests.
 pub(crate) fn noise(dims: &[usize], seed: u64) -> Var {
@@ -11,7 +25,8 @@ pub(crate) fn noise(dims: &[usize], seed: u64) -> Var {
             (state >> 40) as f32 / (1u64 << 23) as f32 - 1.
         })
         .collect();
-    Var::from_vec(values, dims, &crate::test_device()).unwrap()
+    let device = if ON_CPU.get() { Device::Cpu } else { crate::test_device() };
+    Var::from_vec(values, dims, &device).unwrap()
 }
 
 pub(crate) fn values(t: &Tensor) -> Vec<f32> {

@@ -119,19 +119,20 @@ fn a_residual_layer_with_zero_weights_is_the_identity() -> Result<()> {
 
 #[test]
 fn operations_equal_candles_own() -> Result<()> {
+    let here = |t: &Tensor| t.to_device(&Device::Cpu);
     let x = noise(&[2, 6, 6, 5], 1)?;
     let (weight, bias) = (noise(&[7, 5, 3, 3], 2)?, noise(&[7], 3)?);
     let config = Conv2d { stride: 2, padding: 1, relu_input: true, ..Conv2d::default() };
     assert_same(
         &vq_ops::conv2d(&x, &weight, Some(&bias), config)?,
-        &composed::conv2d(&x, &weight, Some(&bias), config)?,
+        &composed::conv2d(&here(&x)?, &here(&weight)?, Some(&here(&bias)?), config)?,
         "conv2d",
     );
     let (weight, bias) = (noise(&[5, 4, 4, 4], 2)?, noise(&[4], 3)?);
     let config = ConvTranspose2d { stride: 2, padding: 1, ..ConvTranspose2d::default() };
     assert_same(
         &vq_ops::conv_transpose2d(&x, &weight, Some(&bias), config)?,
-        &composed::conv_transpose2d(&x, &weight, Some(&bias), config)?,
+        &composed::conv_transpose2d(&here(&x)?, &here(&weight)?, Some(&here(&bias)?), config)?,
         "conv_transpose2d",
     );
     Ok(())

@@ -372,7 +372,12 @@ fn threads(device: &Device, report: &mut Report) {
         }
         Ok(all)
     };
-    let elsewhere = || match std::thread::scope(|scope| scope.spawn(run).join()) {
+    let to_the_end = || {
+        let all = run();
+        vq_ops::wait_for(device)?;
+        all
+    };
+    let elsewhere = || match std::thread::scope(|scope| scope.spawn(to_the_end).join()) {
         Ok(there) => there,
         Err(_) => candle_core::bail!("a thread panicked"),
     };

@@ -2,7 +2,6 @@
 
 use std::cell::RefCell;
 use std::collections::HashMap;
-use std::collections::hash_map::Entry;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -20,7 +19,7 @@ use crate::cpu::pack::Images;
 use crate::primitives::Product;
 
 thread_local! {
-    static STATES: RefCell<States> = RefCell::new(States(HashMap::new()));
+    static STATES: RefCell<States> = const { RefCell::new(States(Vec::new())) };
 }
 
 /// What threads that have ended leave to those that come.
@@ -29,13 +28,18 @@ static LEFT: Mutex<Vec<(Place, Left)>> = Mutex::new(Vec::new());
 type Place = (DeviceId, Queue);
 
 /// What a thread has: a handle of cuDNN's is used by one at a time.
-struct States(HashMap<Place, State>);
+struct States(Vec<(Place, State)>);
 
 impl Drop for States {
     fn drop(&mut self) {
-        // Nothing is closed here: when a thread ends, what the libraries keep for it may be gone already.
+        // The workspaces may be in use. Nothing is closed here: when a thread ends, what cuDNN keeps for it may be
+        // gone already.
+        for (_, state) in &self.0 {
+            // Whatever is wrong with the device, whoever uses it learns.
+            let _ = super::wait(&state.stream);
+        }
         let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
-        left.extend(self.0.drain().map(|(place, state)| (place, Left(state))));
+        left.extend(self.0.drain(..).map(|(place, state)| (place, Left(state))));
     }
 }
 
@@ -47,7 +51,7 @@ struct Left(State);
 unsafe impl Send for Left {}
 
 /// Where a product runs.
-#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum Queue {
     /// With all else.
     Main,
@@ -62,6 +66,10 @@ struct State {
     bf16: Plans<half::bf16>,
     /// As large as any plan has needed; the stream's order keeps its uses apart.
     workspace: Option<CudaSlice<u8>>,
+    /// Whether a recording has it.
+    is_recorded: bool,
+    /// Those that recordings have and that became too small: they are repeated who knows when.
+    outgrown: Vec<CudaSlice<u8>>,
 }
 
 type Plans<T> = HashMap<Key, Rc<Plan<T>>>;
@@ -145,6 +153,15 @@ pub(crate) fn wait_for_aside(any: &Tensor) -> Result<()> {
     with_state(&device, Queue::Aside, |state| device.cuda_stream().join(&state.stream).w())
 }
 
+/// Has the workspaces of this thread stay where they are: a recording has their addresses.
+pub(super) fn keep_workspaces() {
+    STATES.with_borrow_mut(|states| {
+        for (_, state) in &mut states.0 {
+            state.is_recorded = true;
+        }
+    });
+}
+
 trait Planned: Element {
     fn plans(state: &mut State) -> &mut Plans<Self>;
 }
@@ -188,7 +205,12 @@ fn run<T: Planned>(
                 // The memory goes back in the main queue's order.
                 device.cuda_stream().join(&state.stream).w()?;
             }
-            state.workspace = None;
+            let outgrown = state.workspace.take();
+            if std::mem::take(&mut state.is_recorded) {
+                state.outgrown.extend(outgrown);
+            } else {
+                drop(outgrown);
+            }
             // SAFETY: cuDNN asks for memory of any content.
             #[allow(unsafe_code)]
             let memory = unsafe { device.alloc::<u8>(plan.workspace) }?;
@@ -229,29 +251,22 @@ fn with_state<R>(
     queue: Queue,
     work: impl FnOnce(&mut State) -> Result<R>,
 ) -> Result<R> {
-    STATES.with_borrow_mut(|states| {
-        let state = match states.0.entry((device.id(), queue)) {
-            Entry::Occupied(known) => known.into_mut(),
-            Entry::Vacant(place) => {
-                let state = match left(place.key()) {
-                    Some(state) => {
-                        // Its workspace may be in use by what the other thread gave to its queue.
-                        device.cuda_stream().context().synchronize().w()?;
-                        state
-                    }
-                    None => State::new(device, queue)?,
-                };
-                place.insert(state)
-            }
-        };
-        work(state)
+    let place = (device.id(), queue);
+    STATES.with_borrow_mut(|States(states)| {
+        if let Some((_, state)) = states.iter_mut().find(|(of, _)| *of == place) {
+            return work(state);
+        }
+        let mut state = left(place).map_or_else(|| State::new(device, queue), Ok)?;
+        let done = work(&mut state);
+        states.push((place, state));
+        done
     })
 }
 
 /// What a thread that has ended left.
-fn left(place: &Place) -> Option<State> {
+fn left(place: Place) -> Option<State> {
     let mut left = LEFT.lock().unwrap_or_else(PoisonError::into_inner);
-    let found = left.iter().position(|(of, _)| of == place)?;
+    let found = left.iter().position(|(of, _)| *of == place)?;
     let (_, Left(state)) = left.swap_remove(found);
     Some(state)
 }
@@ -265,7 +280,15 @@ impl State {
         };
         let cudnn = Cudnn::new(stream.clone())
             .map_err(|error| Error::Msg(format!("cuDNN does not open: {error}")))?;
-        Ok(Self { stream, cudnn, f32: HashMap::new(), bf16: HashMap::new(), workspace: None })
+        Ok(Self {
+            stream,
+            cudnn,
+            f32: HashMap::new(),
+            bf16: HashMap::new(),
+            workspace: None,
+            is_recorded: false,
+            outgrown: Vec::new(),
+        })
     }
 }
 

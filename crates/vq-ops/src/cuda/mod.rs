@@ -17,8 +17,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use candle_core::cuda::cudarc::cudnn::CudnnDataType;
 use candle_core::cuda::cudarc::driver::{
-    CudaFunction, CudaView, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice, ValidAsZeroBits,
-    result, sys,
+    CudaFunction, CudaStream, CudaView, DevicePtr, DeviceRepr, LaunchConfig, PinnedHostSlice,
+    ValidAsZeroBits, result, sys,
 };
 use candle_core::cuda::cudarc::nvrtc::{CompileOptions, compile_ptx_with_opts};
 use candle_core::cuda::{CudaDType, DeviceId, WrapErr};
@@ -85,6 +85,14 @@ fn keep_memory(device: &CudaDevice) -> Result<()> {
     set.w()
 }
 
+/// Waits for a queue; also where something went wrong before, which the bindings say instead of waiting.
+pub(crate) fn wait(stream: &CudaStream) -> Result<()> {
+    let waited = stream.synchronize().inspect_err(|_| {
+        let _ = stream.synchronize();
+    });
+    waited.w()
+}
+
 /// Page-locked memory of the host, all 0.
 pub(crate) fn lock_memory(device: &CudaDevice, len: usize) -> Result<PinnedHostSlice<u8>> {
     let stream = device.cuda_stream();
@@ -102,8 +110,10 @@ pub(crate) fn upload(bytes: &PinnedHostSlice<u8>, shape: Shape, device: &Device)
     // SAFETY: the copy writes every element.
     #[allow(unsafe_code)]
     let mut to = unsafe { device.alloc::<u8>(bytes.len()) }?;
-    device.memcpy_htod(bytes, &mut to)?;
-    device.cuda_stream().synchronize().w()?;
+    let sent = device.memcpy_htod(bytes, &mut to);
+    // In any case: the memory must stay as long as it is read.
+    wait(&device.cuda_stream())?;
+    sent?;
     Ok(tensor(CudaStorage::wrap_cuda_slice(to, device.clone()), shape))
 }
 

@@ -12,10 +12,17 @@ fn numbers(count: usize, seed: f32, scale: f32) -> Vec<f32> {
 }
 
 fn nats(params: &[f32], pixels: &[u8], distribution: PixelDistribution) -> f64 {
-    let params = Tensor::from_slice(params, (1, params.len()), &device()).unwrap();
-    let pixels = Tensor::from_slice(pixels, (1, pixels.len()), &device()).unwrap();
+    nats_of_all(params, &[pixels.to_vec()], distribution)[0]
+}
+
+/// Of several pixels with the same parameters.
+fn nats_of_all(params: &[f32], pixels: &[Vec<u8>], distribution: PixelDistribution) -> Vec<f64> {
+    let size = (pixels.len(), pixels[0].len());
+    let params =
+        Tensor::from_vec(params.repeat(size.0), (size.0, params.len()), &device()).unwrap();
+    let pixels = Tensor::from_vec(pixels.concat(), size, &device()).unwrap();
     let out = pixel_likelihood(&params, &pixels, distribution).unwrap();
-    f64::from(out.to_vec2::<f32>().unwrap()[0][0])
+    out.to_vec2::<f32>().unwrap().into_iter().map(|row| f64::from(row[0])).collect()
 }
 
 /// −ln p as the definitions say it, in f64.
@@ -147,12 +154,8 @@ proptest! {
                 *log_scale += shift;
             }
         }
-        let with = |value: u8| {
-            let mut pixels = before.clone();
-            pixels.push(value);
-            nats(&params, &pixels, distribution)
-        };
-        let all: Vec<f64> = (0..=255).map(with).collect();
+        let with = |value: u8| [before.as_slice(), &[value]].concat();
+        let all = nats_of_all(&params, &(0..=255).map(with).collect::<Vec<_>>(), distribution);
         prop_assert!(all.iter().all(|nats| nats.is_finite()));
         let least = all.iter().copied().fold(f64::INFINITY, f64::min);
         // Σ p(before, value) = p(before), from the distribution of fewer channels.

@@ -33,7 +33,7 @@ template <typename T> __device__ void unpack_gradients(const PartTable& table, f
 
 // [rows][channels] f32 to [rows][packed], with zeros beyond; n elements of the latter.
 template <typename T> __device__ void enter(const float* from, T* to, u64 n, u32 channels, u32 packed) {
-    if (channels == packed && n % 4 == 0) {
+    if (channels == packed && n % 4 == 0 && (u64)from % 16 == 0) {
         for (u64 i = 4 * thread_number(); i < n; i += 4 * thread_count()) {
             Group<float, 4> values = *(const Group<float, 4>*)(from + i);
             Group<T, 4> rounded;
@@ -50,7 +50,7 @@ template <typename T> __device__ void enter(const float* from, T* to, u64 n, u32
 
 // [rows][packed] to [rows][channels] f32; n elements of the latter.
 template <typename T> __device__ void leave(const T* from, float* to, u64 n, u32 channels, u32 packed) {
-    if (channels == packed && n % 4 == 0) {
+    if (channels == packed && n % 4 == 0 && (u64)from % sizeof(Group<T, 4>) == 0) {
         for (u64 i = 4 * thread_number(); i < n; i += 4 * thread_count()) {
             Group<T, 4> values = *(const Group<T, 4>*)(from + i);
             Group<float, 4> exact;
