@@ -20,13 +20,17 @@ pub(crate) struct CodesFile {
     pub(crate) images: Vec<PathBuf>,
     /// The format of the factors that the encoder multiplied with, as far as the file has room for it.
     pub(crate) precision: Precision,
+    /// The hash of the model that they are codes of, where that is known.
+    pub(crate) model: Option<String>,
 }
 
-/// The metadata. Files that hold only the images' names are older.
+/// The metadata. Files that hold only the images' names, or no model, are older.
 #[derive(Default, Serialize, Deserialize)]
 struct About {
     images: Vec<PathBuf>,
     precision: Precision,
+    #[serde(default)]
+    model: Option<String>,
 }
 
 /// The format that a file's name asks for.
@@ -77,7 +81,9 @@ impl CodesFile {
     fn safetensors(&self, levels: &[(Vec<usize>, Vec<u32>)]) -> Result<Vec<u8>> {
         let images: Vec<String> =
             self.images.iter().map(|path| path.to_string_lossy().into_owned()).collect();
-        let about = serde_json::json!({ "images": images, "precision": self.precision });
+        let about = serde_json::json!({
+            "images": images, "precision": self.precision, "model": self.model,
+        });
         let metadata = HashMap::from([(KEY.to_owned(), about.to_string())]);
         let data: Vec<Vec<u8>> = levels
             .iter()
@@ -111,7 +117,8 @@ impl CodesFile {
                 }
                 let codes = Tensor::from_vec(values, shape, &Device::Cpu)?;
                 let precision = Precision::default();
-                Ok(Self { codes: Codes { levels: vec![codes] }, images: Vec::new(), precision })
+                let codes = Codes { levels: vec![codes] };
+                Ok(Self { codes, images: Vec::new(), precision, model: None })
             }
             Format::SafeTensors => Self::from_safetensors(&bytes).map_err(damaged),
         }
@@ -140,7 +147,7 @@ impl CodesFile {
                 || serde_json::from_str(json).map(|images| About { images, ..About::default() });
             serde_json::from_str::<About>(json).or_else(|_| names()).ok()
         });
-        let About { images, precision } = about.unwrap_or_default();
-        Ok(Self { codes: Codes { levels }, images, precision })
+        let About { images, precision, model } = about.unwrap_or_default();
+        Ok(Self { codes: Codes { levels }, images, precision, model })
     }
 }

@@ -18,7 +18,8 @@ use crate::progress::Progress;
 #[command(next_help_heading = "Data")]
 pub(crate) struct DataArgs {
     /// auto (CIFAR-10 if it is on disk, else the built-in shapes), cifar10, cifar10:PATH, shapes,
-    /// plain-shapes, or folder:PATH (any images; class sub-folders if there are any).
+    /// plain-shapes, or folder:PATH (any images, with class sub-folders if there are any; its `train` and `test`
+    /// are the splits where it has both, else a tenth is held out).
     #[arg(long, value_name = "SOURCE")]
     data: Option<Source>,
 

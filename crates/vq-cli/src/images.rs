@@ -26,6 +26,9 @@ pub(crate) struct ImageArgs {
     size: Option<Size>,
 }
 
+/// Larger images would take more memory than machines have.
+const LARGEST_SIDE: usize = 16_384;
+
 /// A size in pixels: N for N×N, or `WIDTHxHEIGHT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Size {
@@ -39,8 +42,12 @@ impl FromStr for Size {
     fn from_str(text: &str) -> std::result::Result<Self, String> {
         let (width, height) = text.split_once('x').unwrap_or((text, text));
         match (width.parse::<usize>(), height.parse::<usize>()) {
-            (Ok(width), Ok(height)) if width.min(height) > 0 => Ok(Self { height, width }),
-            _ => Err("give N or WIDTHxHEIGHT, in pixels".to_owned()),
+            (Ok(width), Ok(height))
+                if width.min(height) > 0 && width.max(height) <= LARGEST_SIDE =>
+            {
+                Ok(Self { height, width })
+            }
+            _ => Err(format!("give N or WIDTHxHEIGHT, in pixels, at most {LARGEST_SIDE} each")),
         }
     }
 }

@@ -2,6 +2,7 @@
 
 use std::fmt::Display;
 use std::io::{self, Write};
+use std::path::Path;
 
 use serde_json::{Value, json};
 use tracing_subscriber::EnvFilter;
@@ -39,6 +40,11 @@ pub(crate) fn result(format: LogFormat, text: impl Display, record: &Value) -> R
     }
 }
 
+/// A path as records have it: JSON has no room for bytes that are not UTF-8, so that some stands for them.
+pub(crate) fn path(path: impl AsRef<Path>) -> String {
+    path.as_ref().to_string_lossy().into_owned()
+}
+
 /// Something that the user should know: on stderr, or as a record among the others.
 pub(crate) fn note(format: LogFormat, message: &str) -> Result<()> {
     match format {
@@ -58,6 +64,11 @@ pub(crate) fn error(error: &Error) {
 /// A line on stderr, which there is no way to complain about.
 pub(crate) fn aside(kind: &str, message: &str) {
     let _ = writeln!(io::stderr().lock(), "{kind}: {message}");
+}
+
+/// Bits, to a tenth.
+pub(crate) fn bits(bits: f64) -> f64 {
+    (bits * 10.0).round() / 10.0
 }
 
 /// `1234567` as `1.23 M`.

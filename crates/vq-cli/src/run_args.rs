@@ -79,7 +79,7 @@ impl RunArgs {
     /// refused.
     pub(crate) fn resumed(&self) -> Result<Option<RunFolder>> {
         if self.resume {
-            return Ok(Some(RunFolder::open(&self.out)?));
+            return Ok(Some(RunFolder::resume(&self.out)?));
         }
         if !self.overwrite {
             RunFolder::require_free(&self.out)?;

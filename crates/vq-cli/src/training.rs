@@ -93,16 +93,17 @@ pub(crate) fn trainer<T: Trainable>(
         .with_stop_flag(watch.stop.flag.clone()))
 }
 
-/// Says where a run that is to go on has nothing left to do.
-pub(crate) fn note_done<T: Trainable>(
+/// Whether a run that is to go on has nothing left to do, which is said.
+pub(crate) fn is_done<T: Trainable>(
     trainer: &Trainer<T>,
     epochs: usize,
     format: LogFormat,
-) -> Result<()> {
-    if trainer.progress().epoch < epochs {
-        return Ok(());
+) -> Result<bool> {
+    let is_done = trainer.progress().epoch >= epochs;
+    if is_done {
+        output::note(format, &format!("all {epochs} epochs are done; --epochs N goes on to N"))?;
     }
-    output::note(format, &format!("all {epochs} epochs are done; --epochs N goes on to N"))
+    Ok(is_done)
 }
 
 /// Warns where training will take more memory than is free.

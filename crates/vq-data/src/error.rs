@@ -120,7 +120,10 @@ pub enum Error {
     CifarFeature,
 
     /// The folder of images is not there, or is a file.
-    #[error("{} is not a folder: --data folder:PATH takes the path of a folder of images", .0.display())]
+    #[error(
+        "{} is not a folder{}: --data folder:PATH takes the path of a folder of images", .0.display(),
+        if .0.is_relative() { " here (a run keeps the path that it was given)" } else { "" }
+    )]
     NotAFolder(PathBuf),
     /// There is no image in the folder.
     #[error(

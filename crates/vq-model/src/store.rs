@@ -22,6 +22,13 @@ impl VqVae {
     /// Reads the folder that [`save`](Self::save) wrote: `config.json` and `model.safetensors`.
     pub fn from_pretrained(folder: impl AsRef<Path>, device: &Device) -> Result<Self> {
         let folder = folder.as_ref();
+        let of_run = folder.join("best");
+        if !folder.join(CONFIG_FILE).exists() && of_run.join(CONFIG_FILE).exists() {
+            let (folder, of_run) = (folder.display(), of_run.display());
+            return Err(Error::Input(format!(
+                "{folder} is a run's folder; its model is in {of_run}"
+            )));
+        }
         let config = Config::load(folder.join(CONFIG_FILE))?;
         let model = Self::new(&config, 0, device)?;
         let path = folder.join(MODEL_FILE);

@@ -77,6 +77,23 @@ impl Checkpoints {
         self.linked(BEST)
     }
 
+    /// Removes all of them, and nothing else that lies there.
+    pub(crate) fn clear(&self) -> Result<()> {
+        let folder = self.folder();
+        for entry in fs::read_dir(&folder).map_err(Error::read(&folder))? {
+            let path = entry.map_err(Error::read(&folder))?.path();
+            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let is_left_over =
+                [PARTIAL, REPLACED, REMOVED].iter().any(|prefix| name.starts_with(prefix));
+            if step_of(&path).is_some() || is_left_over {
+                fs::remove_dir_all(&path).map_err(Error::write(&path))?;
+            }
+        }
+        // It stays where something else lies in it.
+        let _ = fs::remove_dir(&folder);
+        Ok(())
+    }
+
     /// Removes what a crash left half-written or half-removed, and puts back what it was about to
     /// replace.
     pub fn recover(&self) -> Result<()> {

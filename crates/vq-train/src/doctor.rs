@@ -218,9 +218,9 @@ pub(crate) fn mend_usage(level: usize, quantizer: &QuantizerConfig, train: &Trai
     let key = format!("model.levels.{level}.quantizer");
     if !quantizer.kind.has_key("rule") {
         return if quantizer.kind.has_key("entropy_weight") {
+            let beta = if train.beta > 0.25 { "a lower train.beta, such as 0.25, " } else { "" };
             format!(
-                "try a lower train.beta, such as 0.25, a higher {key}.entropy_weight or \
-                 {key}.diversity, or a lower train.lr"
+                "try {beta}a higher {key}.entropy_weight or {key}.diversity, or a lower train.lr"
             )
         } else {
             let is_scalar = quantizer.kind == QuantizerKind::FiniteScalar;

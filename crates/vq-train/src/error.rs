@@ -72,6 +72,16 @@ pub enum Error {
         path: PathBuf,
     },
 
+    /// Another process writes the run folder.
+    #[error(
+        "{} is being written by another run: wait until it ends, or stop it, or write elsewhere (--out DIR)",
+        path.display()
+    )]
+    Busy {
+        /// The run folder.
+        path: PathBuf,
+    },
+
     /// A folder of a comparison holds a run of another recipe.
     #[error(
         "{} holds a run with another {key} (it was {was}, it is now {now}): compare with the old value, start a \

@@ -1,6 +1,9 @@
 //! How much memory training will take, before it is taken.
 
+use std::collections::BTreeMap;
 use std::fs;
+
+use candle_core::Var;
 
 use crate::Tokenizer;
 
@@ -11,7 +14,8 @@ use crate::Tokenizer;
 /// in 4 parts 0.8 GB against 1.0 GB. The process itself, some 100 MB, is not in it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemoryEstimate {
-    /// Parameters, their gradients, the optimizer's two moments and, where it is on, their average.
+    /// Parameters, their gradients, the optimizer's two moments and, where it is on, their average; and what is
+    /// kept beside them, such as codebooks that follow an average, with what an update of it takes.
     pub parameters: u64,
     /// What is kept of a batch (with `train.accumulate`, of a part of one) for its backward pass, and the
     /// vectors of the whole batch that the codebooks are updated with.
@@ -33,9 +37,16 @@ impl Tokenizer {
     /// About what training this will take.
     pub fn memory(&self) -> crate::Result<MemoryEstimate> {
         const VALUE: u64 = 4;
+        // Of what is kept beside the parameters: itself, its next state, the sums of a step, and the codebook as the
+        // search takes it.
+        const BESIDE: u64 = 4;
         let config = self.config();
-        let parameters: usize = self.model().parameters().values().map(|v| v.elem_count()).sum();
+        let count = |vars: &BTreeMap<String, Var>| -> u64 {
+            vars.values().map(|var| var.elem_count() as u64).sum()
+        };
         let copies = if config.weight_ema > 0.0 { 5 } else { 4 };
+        let parameters =
+            count(self.model().parameters()) * copies + count(self.model().buffers()) * BESIDE;
         let part = config.batch_size.div_ceil(config.accumulate.max(1));
         let [train, test] = self.datasets();
         let [height, width] = self.model().config().image_size;
@@ -44,7 +55,7 @@ impl Tokenizer {
         let vectors: usize = levels.map(|(level, [h, w])| h * w * level.quantizer.dim).sum();
         let image = train.shape().pixels() as u64;
         Ok(MemoryEstimate {
-            parameters: parameters as u64 * copies * VALUE,
+            parameters: parameters * VALUE,
             // z_e of every part, all of them joined, and a copy that the update works on.
             activations: self.model().activations()? * part as u64 * VALUE * 6 / 5
                 + (3 * config.batch_size * vectors) as u64 * VALUE,

@@ -1,7 +1,8 @@
 //! The folder that a run writes.
 
-use std::fs;
+use std::fs::{self, File, TryLockError};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use crate::checkpoint::{BEST, CHECKPOINTS, LAST};
 use crate::{Checkpoints, Error, PriorRecipe, Recipe, Result};
@@ -11,13 +12,21 @@ pub const RECIPE_FILE: &str = "config.toml";
 /// The metrics of a run, one JSON object per line.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 
+/// What a process that writes a run has locked.
+const LOCK_FILE: &str = ".lock";
+
 /// Why a run of a comparison failed, where it did.
 pub(crate) const FAILURE_FILE: &str = "failed.txt";
 
 /// The folder that a run writes: recipe, metrics, checkpoints, pictures.
+///
+/// Whoever [creates](Self::create) or [resumes](Self::resume) a run has its folder alone until this and all of its
+/// clones are dropped.
 #[derive(Clone, Debug)]
 pub struct RunFolder {
     path: PathBuf,
+    /// None of a run that is only read, and on file systems without locks.
+    _lock: Option<Arc<File>>,
 }
 
 impl RunFolder {
@@ -44,9 +53,9 @@ impl RunFolder {
         if !overwrite {
             Self::require_free(&path)?;
         }
-        let run = Self { path };
+        fs::create_dir_all(&path).map_err(Error::write(&path))?;
+        let run = Self::locked(path)?;
         run.clear()?;
-        fs::create_dir_all(&run.path).map_err(Error::write(&run.path))?;
         save(&run.recipe_file())?;
         Ok(run)
     }
@@ -62,9 +71,27 @@ impl RunFolder {
         Ok(())
     }
 
-    /// Of a run that is to go on.
+    /// Of a run that is to go on. One that another process writes is refused.
+    pub fn resume(path: impl Into<PathBuf>) -> Result<Self> {
+        Self::locked(Self::open(path)?.path)
+    }
+
+    fn locked(path: PathBuf) -> Result<Self> {
+        let name = path.join(LOCK_FILE);
+        let file = File::options().append(true).create(true).open(&name);
+        let file = file.map_err(Error::write(&name))?;
+        let lock = match file.try_lock() {
+            Ok(()) => Some(Arc::new(file)),
+            Err(TryLockError::WouldBlock) => return Err(Error::Busy { path }),
+            // There are file systems that have none.
+            Err(TryLockError::Error(_)) => None,
+        };
+        Ok(Self { path, _lock: lock })
+    }
+
+    /// Of a run that is to be read.
     pub fn open(path: impl Into<PathBuf>) -> Result<Self> {
-        let run = Self { path: path.into() };
+        let run = Self { path: path.into(), _lock: None };
         if run.recipe_file().is_file() {
             return Ok(run);
         }
@@ -112,7 +139,10 @@ impl RunFolder {
             let path = entry.map_err(Error::read(&self.path))?.path();
             let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
             let removed = match name.as_str() {
-                CHECKPOINTS => fs::remove_dir_all(&path),
+                CHECKPOINTS => {
+                    self.checkpoints().clear()?;
+                    continue;
+                }
                 RECIPE_FILE | METRICS_FILE | FAILURE_FILE | LAST | BEST | "curves.svg"
                 | "codebook.svg" => fs::remove_file(&path),
                 name if is_picture(name) => fs::remove_file(&path),
@@ -150,6 +180,7 @@ mod tests {
         let run = RunFolder::create(&path, &recipe, false).unwrap();
         assert_eq!(run.recipe().unwrap(), recipe);
         assert_eq!(RunFolder::open(&path).unwrap().recipe().unwrap(), recipe);
+        drop(run);
 
         let error = RunFolder::create(&path, &recipe, false).unwrap_err().to_string();
         for way in ["--resume", "--out", "--overwrite"] {
@@ -165,13 +196,36 @@ mod tests {
         ] {
             fs::write(path.join(name), "x").unwrap();
         }
+        for name in ["step-000000003", ".tmp-step-000000004", "mine"] {
+            fs::create_dir_all(path.join(CHECKPOINTS).join(name)).unwrap();
+        }
         RunFolder::create(&path, &recipe, true).unwrap();
+        let mut kept = fs::read_dir(path.join(CHECKPOINTS)).unwrap();
+        assert_eq!(kept.next().unwrap().unwrap().file_name(), "mine");
+        assert!(kept.next().is_none());
         let mut left: Vec<String> = fs::read_dir(&path)
             .unwrap()
             .map(|entry| entry.unwrap().file_name().to_string_lossy().into_owned())
             .collect();
         left.sort();
-        assert_eq!(left, ["config.toml", "epoch_x_orig.png", "notes.txt"]);
+        let expected = [".lock", "checkpoints", "config.toml", "epoch_x_orig.png", "notes.txt"];
+        assert_eq!(left, expected);
+    }
+
+    #[test]
+    fn a_run_that_is_being_written_is_let_alone() {
+        let folder = tempfile::tempdir().unwrap();
+        let run = RunFolder::create(folder.path(), &Recipe::default(), false).unwrap();
+        let refused = [
+            RunFolder::create(folder.path(), &Recipe::default(), true),
+            RunFolder::resume(folder.path()),
+        ];
+        for error in refused.map(|run| run.unwrap_err().to_string()) {
+            assert!(error.contains("is being written") && error.contains("--out"), "{error}");
+        }
+        assert!(run.recipe().is_ok());
+        drop(run);
+        assert!(RunFolder::resume(folder.path()).is_ok());
     }
 
     #[test]

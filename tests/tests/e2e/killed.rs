@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde_json::Value;
 
-use crate::support::{Said, signal, start, steps, succeed, train, wait_until};
+use crate::support::{Said, fail, signal, start, steps, succeed, train, wait_until};
 
 fn model(run: &Path) -> Vec<u8> {
     fs::read(run.join("last/model.safetensors")).unwrap()
@@ -39,6 +39,20 @@ fn kill_in_an_epoch_and_resume_is_the_straight_run() {
         // The metrics, too, are those of one run: every step once.
         assert_eq!(steps(&path(name)), 150);
     }
+}
+
+#[test]
+fn a_run_that_goes_on_is_let_alone() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut child = start(folder.path(), &train("run", &LONGER));
+    wait_until(|| steps(&folder.path().join("run")) > 10);
+    let says = ["is being written by another run", "--out"];
+    fail(folder.path(), ["train", "--out=run", "--resume"], &says);
+    let mut again = train("run", &[]);
+    again.push("--overwrite");
+    fail(folder.path(), again, &says);
+    assert!(child.wait().unwrap().success());
+    assert_eq!(steps(&folder.path().join("run")), 150);
 }
 
 #[test]

@@ -64,6 +64,44 @@ fn decoded_codes_are_the_reconstruction() {
 }
 
 #[test]
+fn codes_of_another_model_are_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    picture(&folder.path().join("a.png"), 16, 16);
+    succeed(folder.path(), train("other", &["--seed=7", "--epochs=1"]));
+    let model = model();
+    succeed(folder.path(), ["encode", "a.png", &model]);
+    succeed(folder.path(), ["decode", "codes.safetensors", &model]);
+    let args = ["decode", "codes.safetensors", "--model=other", "--out=wrong"];
+    fail(folder.path(), args, &["codes.safetensors", "another model", "--model"]);
+    assert!(!folder.path().join("wrong").exists());
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn paths_need_not_be_text() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    let folder = tempfile::tempdir().unwrap();
+    let name = |text: &[u8]| OsStr::from_bytes(text).to_owned();
+    picture(&folder.path().join(name(b"a-\xff.png")), 16, 16);
+    let model = OsStr::new(&model()).to_owned();
+    for (command, more) in [
+        ("encode", name(b"--out=\xfe.safetensors")),
+        ("reconstruct", name(b"--out=\xfe")),
+        ("compress", name(b"--out=\xfe.vq")),
+    ] {
+        let args = [OsStr::new(command).to_owned(), name(b"a-\xff.png"), model.clone(), more];
+        succeed(folder.path(), args);
+    }
+    let codes = name(b"\xfe.safetensors");
+    let out = name(b"--out=decoded-\xfe");
+    succeed(folder.path(), [OsStr::new("decode").to_owned(), codes, model.clone(), out]);
+    let args = ["decompress".into(), name(b"\xfe.vq"), model, name(b"--out=back-\xfe")];
+    succeed(folder.path(), args);
+}
+
+#[test]
 fn any_size_is_taken() {
     let folder = tempfile::tempdir().unwrap();
     picture(&folder.path().join("odd.png"), 41, 23);

@@ -73,6 +73,7 @@ fn five_commands_end_in_new_images() {
     assert_eq!(manifest["levels"][0]["grid"], serde_json::json!([4, 4]));
     assert_eq!(manifest["levels"][0]["codebook_sizes"], serde_json::json!([16]));
     let expected = [
+        ".lock",
         "best",
         "checkpoints",
         "config.toml",

@@ -1,5 +1,6 @@
 //! Finding and running the binary.
 
+use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -114,12 +115,12 @@ impl From<Output> for Said {
 }
 
 /// Runs `vq ARGS…`, whatever comes of it.
-pub(crate) fn run<'a>(folder: &Path, args: impl IntoIterator<Item = &'a str>) -> Said {
+pub(crate) fn run(folder: &Path, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Said {
     vq(folder).args(args).output().unwrap().into()
 }
 
 /// Runs `vq ARGS…`, which must go well.
-pub(crate) fn succeed<'a>(folder: &Path, args: impl IntoIterator<Item = &'a str>) -> Said {
+pub(crate) fn succeed(folder: &Path, args: impl IntoIterator<Item = impl AsRef<OsStr>>) -> Said {
     let said = run(folder, args);
     assert_eq!(said.code, Some(0), "{said:?}");
     said

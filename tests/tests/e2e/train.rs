@@ -11,6 +11,7 @@ use crate::support::{fail, names, succeed, train, trained};
 fn a_run_leaves_everything_behind() {
     let run = trained().join("run");
     let expected = [
+        ".lock",
         "best",
         "checkpoints",
         "codebook.svg",

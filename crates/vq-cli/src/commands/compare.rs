@@ -15,7 +15,7 @@ use vq_viz::{Compared, save_comparison};
 use crate::cli::LogFormat;
 use crate::compute::{self, ComputeArgs};
 use crate::data_args::DataArgs;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::observers::{Pictures, Subject};
 use crate::run_args::RecipeArgs;
 use crate::stop::Stop;
@@ -123,7 +123,10 @@ pub(crate) fn run(args: &CompareArgs, format: LogFormat) -> Result<ExitCode> {
     let summary = Summary::new(&comparison, &states, conditions);
     write(&args.out, &summary)?;
     report(&args.out, &summary, format)?;
-    Ok(ExitCode::SUCCESS)
+    if states.iter().any(|state| matches!(state, RunState::Done(_))) {
+        return Ok(ExitCode::SUCCESS);
+    }
+    Err(Error::other(format!("all {total} runs failed: the notes above and the table say why")))
 }
 
 impl CompareArgs {
@@ -140,9 +143,9 @@ impl CompareArgs {
 
 /// Trains a run, or the rest of one: done, failed, or (interrupted) begun.
 fn train(run: &PlannedRun, splits: &Splits, device: &Device, watch: Watch<'_>) -> Result<RunState> {
-    let folder = match RunFolder::open(&run.folder) {
-        Ok(folder) => folder,
-        Err(_) => RunFolder::create(&run.folder, &run.recipe, false)?,
+    let folder = match RunFolder::resume(&run.folder) {
+        Err(vq_train::Error::NoRun { .. }) => RunFolder::create(&run.folder, &run.recipe, false)?,
+        folder => folder?,
     };
     let attempt = || {
         let tokenizer = Tokenizer::new(&run.recipe, splits, device)?;
@@ -200,8 +203,10 @@ fn announce(conditions: &str, states: &[RunState], format: LogFormat) -> Result<
 fn start(run: &PlannedRun, number: usize, total: usize, format: LogFormat) -> Result<()> {
     let bits = run.recipe.model.bits_per_image();
     let text = format!(
-        "\nrun     {number} of {total}: {}, seed {}, {bits} bits an image",
-        run.name, run.seed
+        "\nrun     {number} of {total}: {}, seed {}, {} bits an image",
+        run.name,
+        run.seed,
+        output::bits(bits)
     );
     let record = json!({ "event": "compare-run", "run": number, "runs": total, "variant": run.name,
         "seed": run.seed, "bits_per_image": bits });
@@ -245,7 +250,7 @@ fn report(out: &Path, summary: &Summary, format: LogFormat) -> Result<()> {
                 "failed": row.failures.len(), "means": means })
         })
         .collect();
-    let record = json!({ "event": "compared", "path": out, "seeds": summary.seeds, "rows": rows });
+    let record = json!({ "event": "compared", "path": output::path(out), "seeds": summary.seeds, "rows": rows });
     let text = format!(
         "\n{}\nwritten to {}, beside compare.csv, compare-runs.csv and compare.png",
         summary.to_markdown(),

@@ -11,7 +11,7 @@ use vq_data::Dataset;
 use vq_model::{Codes, Config, VqVae};
 use vq_prior::Prior;
 use vq_prior::compress::{
-    Block, BlockBits, Codec, CompressedHead, CompressedWriter, IMAGES_PER_BLOCK,
+    Block, BlockBits, Codec, CompressError, CompressedHead, CompressedWriter, IMAGES_PER_BLOCK,
 };
 use vq_train::{model_hash, resolve_model};
 
@@ -98,7 +98,7 @@ pub(crate) fn run(args: &CompressArgs, format: LogFormat) -> Result<()> {
     };
 
     let file = Atomic::create(&args.out)?;
-    let mut writer = CompressedWriter::new(file, head)?;
+    let mut writer = CompressedWriter::new(file, head).map_err(|error| named(error, &args.out))?;
     let loader = loader(&model, dataset.clone(), IMAGES_PER_BLOCK)?;
     let (mut bits, mut done) = (BlockBits::default(), 0);
     let (start, mut said) = (Instant::now(), Instant::now());
@@ -116,7 +116,7 @@ pub(crate) fn run(args: &CompressArgs, format: LogFormat) -> Result<()> {
             None
         };
         let block = Block { labels: labels.unwrap_or_default(), codes, pixels };
-        bits.add(&writer.write(&codec, &block)?);
+        bits.add(&writer.write(&codec, &block).map_err(|error| named(error, &args.out))?);
         done += batch.indices.len();
         if said.elapsed() > PAUSE {
             said = Instant::now();
@@ -124,9 +124,17 @@ pub(crate) fn run(args: &CompressArgs, format: LogFormat) -> Result<()> {
         }
     }
     name_broken(dataset.as_ref(), format)?;
-    let (file, payload, overhead) = writer.finish()?;
+    let (file, payload, overhead) = writer.finish().map_err(|error| named(error, &args.out))?;
     file.finish()?;
     report(&args.out, dataset.as_ref(), &bits, (payload, overhead), format)
+}
+
+/// With the name of the file that could not be written.
+fn named(error: CompressError, path: &Path) -> Error {
+    match error {
+        CompressError::Io(cause) => Error::write(path)(cause),
+        other => other.into(),
+    }
 }
 
 /// The codes of a block, in parts that [`images_at_once`] bounds.
@@ -240,7 +248,7 @@ fn report(
         payload * 8,
         ((payload * 8) as f64 / bits.total().max(f64::MIN_POSITIVE) - 1.0) * 100.0
     );
-    let record = json!({ "event": "compressed", "path": out, "images": images, "data": dataset.name(),
+    let record = json!({ "event": "compressed", "path": output::path(out), "images": images, "data": dataset.name(),
         "bytes": total, "payload_bytes": payload, "overhead_bytes": overhead,
         "computed_bits": bits.total(), "computed_bits_labels": bits.labels,
         "computed_bits_levels": bits.levels, "computed_bits_pixels": bits.pixels,

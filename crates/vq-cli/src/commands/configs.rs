@@ -14,9 +14,10 @@ pub(crate) struct ConfigsArgs {
 }
 
 pub(crate) fn run(args: &ConfigsArgs) -> Result<()> {
-    match &args.name {
-        Some(name) => output::line(recipes::embedded(name)?.text.trim_end()),
-        None => recipes::all()
-            .try_for_each(|recipe| output::line(format!("{:22}{}", recipe.name, recipe.summary()))),
+    if let Some(name) = &args.name {
+        return output::line(recipes::embedded(name)?.text.trim_end());
     }
+    let width = recipes::all().map(|recipe| recipe.name.len()).max().unwrap_or(0) + 2;
+    recipes::all()
+        .try_for_each(|recipe| output::line(format!("{:width$}{}", recipe.name, recipe.summary())))
 }

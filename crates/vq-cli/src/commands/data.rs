@@ -92,7 +92,8 @@ fn make(args: &MakeImagesArgs, format: LogFormat) -> Result<()> {
         args.count,
         folder = args.folder.display()
     );
-    let record = json!({ "event": "images-made", "path": args.folder, "count": args.count });
+    let record =
+        json!({ "event": "images-made", "path": output::path(&args.folder), "count": args.count });
     output::result(format, text, &record)
 }
 

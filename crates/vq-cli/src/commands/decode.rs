@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::Args;
 use serde_json::json;
+use vq_train::{model_hash, resolve_model};
 use vq_viz::{save_png, tensor_to_image};
 
 use crate::cli::LogFormat;
@@ -84,8 +85,17 @@ impl Levels {
 
 pub(crate) fn run(args: &DecodeArgs, format: LogFormat) -> Result<()> {
     let device = args.compute.start()?;
-    let CodesFile { codes, images, .. } = CodesFile::read(&args.codes)?;
-    let model = args.compute.load(&args.model, &device)?;
+    let CodesFile { codes, images, model: made_with, .. } = CodesFile::read(&args.codes)?;
+    let folder = resolve_model(&args.model)?;
+    let model = args.compute.load(&folder, &device)?;
+    if made_with.is_some_and(|hash| model_hash(&folder).is_ok_and(|own| own != hash)) {
+        return Err(Error::other(format!(
+            "{} holds codes of another model than {}, to which they mean something else; give the one that encoded \
+             them (--model)",
+            args.codes.display(),
+            folder.display()
+        )));
+    }
     codes.validate(model.config()).map_err(|error| {
         Error::other(format!("{}: {error}; was it made with another model?", args.codes.display()))
     })?;
@@ -103,7 +113,11 @@ pub(crate) fn run(args: &DecodeArgs, format: LogFormat) -> Result<()> {
         let pixels = model.config().normalization.denormalize(&decoded)?;
         save_png(&tensor_to_image(&pixels.get(0)?)?, path)?;
         let path: &Path = path;
-        output::result(format, path.display(), &json!({ "event": "decoded", "path": path }))?;
+        output::result(
+            format,
+            path.display(),
+            &json!({ "event": "decoded", "path": output::path(path) }),
+        )?;
     }
     Ok(())
 }

@@ -100,10 +100,11 @@ pub(crate) fn run(args: &DecompressArgs, format: LogFormat) -> Result<()> {
     }
     let codes = args.out.join("codes.safetensors");
     let images = head.names.iter().map(PathBuf::from).collect();
-    CodesFile { codes: Codes::concat(&all)?, images, precision }.write(&codes)?;
+    CodesFile { codes: Codes::concat(&all)?, images, precision, model: Some(hash) }
+        .write(&codes)?;
     let text = format!("{}  {done} images, and {}", args.out.display(), codes.display());
-    let record = json!({ "event": "decompressed", "path": args.out, "images": done,
-        "lossless": head.lossless, "codes": codes });
+    let record = json!({ "event": "decompressed", "path": output::path(&args.out), "images": done,
+        "lossless": head.lossless, "codes": output::path(&codes) });
     output::result(format, text, &record)
 }
 

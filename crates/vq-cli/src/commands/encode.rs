@@ -8,6 +8,7 @@ use clap::Args;
 use serde_json::json;
 use vq_data::{Dataset, Loader, LoaderOptions, Normalization};
 use vq_model::{Codes, VqVae};
+use vq_train::{model_hash, resolve_model};
 
 use crate::cli::LogFormat;
 use crate::codes_file::{CodesFile, Format};
@@ -69,16 +70,17 @@ pub(crate) fn run(args: &EncodeArgs, format: LogFormat) -> Result<()> {
     let out = args.out.as_deref().unwrap_or(Path::new("codes.safetensors"));
     Format::of(out)?;
     let device = args.compute.start()?;
-    let model = args.compute.load(&args.model, &device)?;
+    let folder = resolve_model(&args.model)?;
+    let model = args.compute.load(&folder, &device)?;
     let pictures = args.images.load(model.config(), format)?;
     let codes = encode(&model, images::dataset(&pictures)?, &device)?;
     let grids: Vec<&[usize]> = codes.levels.iter().map(candle_core::Tensor::dims).collect();
     let text = format!("{}  codes {grids:?}", out.display());
-    let record =
-        json!({ "event": "encoded", "path": out, "images": pictures.len(), "codes": grids });
+    let record = json!({ "event": "encoded", "path": output::path(out), "images": pictures.len(), "codes": grids });
     let images = pictures.iter().map(|picture| picture.path.clone()).collect();
     let precision = args.compute.precision.unwrap_or_default();
-    CodesFile { codes: codes.clone(), images, precision }.write(out)?;
+    let hash = model_hash(&folder)?;
+    CodesFile { codes: codes.clone(), images, precision, model: Some(hash) }.write(out)?;
     output::result(format, text, &record)
 }
 

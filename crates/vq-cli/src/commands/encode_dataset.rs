@@ -122,10 +122,10 @@ fn report(
         "{}  codes of {images} images of {}, {} bits each, {}B",
         out.display(),
         dataset.name(),
-        model.config().bits_per_image(),
+        output::bits(model.config().bits_per_image()),
         output::count(bytes)
     );
-    let record = json!({ "event": "encoded", "path": out, "images": images, "data": dataset.name(),
+    let record = json!({ "event": "encoded", "path": output::path(out), "images": images, "data": dataset.name(),
         "bytes": bytes });
     output::result(format, text, &record)
 }

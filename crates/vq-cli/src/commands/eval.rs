@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::Args;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use vq_data::pixel_variance;
 use vq_train::{
     EvaluateOptions, Evaluation, bits_per_dim, evaluate, is_prior, model_hash, resolve_model,
@@ -104,7 +104,7 @@ pub(crate) fn run(args: &EvalArgs, format: LogFormat) -> Result<()> {
     }
     let mut record = Map::new();
     record.insert("event".into(), "evaluated".into());
-    record.insert("model".into(), json!(folder));
+    record.insert("model".into(), output::path(&folder).into());
     record.insert("data".into(), dataset.name().into());
     record.insert("images".into(), dataset.len().into());
     let mut text = format!("{} on {} ({} images)", folder.display(), dataset.name(), dataset.len());

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use candle_core::Device;
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use vq_train::{RECIPE_FILE, RunFolder, UnigramSource, evaluate_prior};
 
 use crate::cli::LogFormat;
@@ -29,8 +29,8 @@ pub(super) fn run(
     let (images, codes) = (figures.images, figures.codes);
     let mut record = Map::new();
     record.insert("event".into(), "evaluated".into());
-    record.insert("model".into(), json!(folder));
-    record.insert("data".into(), json!(codes));
+    record.insert("model".into(), output::path(folder).into());
+    record.insert("data".into(), output::path(&codes).into());
     record.insert("images".into(), images.into());
     let mut text =
         format!("{} on codes of {images} images of {}", folder.display(), codes.display());

@@ -41,7 +41,7 @@ pub(crate) fn run(args: &InspectArgs, format: LogFormat) -> Result<()> {
         let lists = codebooks.iter().map(|level| level.iter().map(geometry).collect());
         return output::line(json!({
             "event": "inspected",
-            "path": folder,
+            "path": output::path(&folder),
             "config": model.config(),
             "parameters": count(model.parameters()),
             "buffers": count(model.buffers()),
@@ -145,7 +145,7 @@ fn describe(model: &VqVae) -> Result<()> {
             level.downsample, level.hidden, level.residual_blocks, level.residual_hidden
         ))?;
     }
-    output::line(format!("code          {} bits an image", config.bits_per_image()))?;
+    output::line(format!("code          {} bits an image", output::bits(config.bits_per_image())))?;
     output::line(format!(
         "parameters    {} trained, {} kept beside them",
         count(model.parameters()),

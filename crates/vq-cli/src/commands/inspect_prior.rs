@@ -18,7 +18,7 @@ pub(super) fn run(folder: &Path, progress: Option<&Progress>, format: LogFormat)
     if format == LogFormat::Json {
         return output::line(json!({
             "event": "inspected",
-            "path": folder,
+            "path": output::path(folder),
             "config": config,
             "parameters": count(prior.parameters()),
             "training": progress.map(state),

@@ -57,7 +57,7 @@ pub(crate) fn run(args: &ReconstructArgs, format: LogFormat) -> Result<()> {
         let (psnr, ssim) = (figure("psnr"), figure("ssim"));
         let text =
             format!("{}  {width}×{height}  PSNR {psnr:.2} dB  SSIM {ssim:.3}", path.display());
-        let record = json!({ "event": "reconstructed", "path": path, "width": width, "height": height,
+        let record = json!({ "event": "reconstructed", "path": output::path(&path), "width": width, "height": height,
             "psnr": psnr, "ssim": ssim });
         output::result(format, text, &record)?;
     }

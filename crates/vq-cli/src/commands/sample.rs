@@ -160,7 +160,7 @@ pub(crate) fn run(args: &SampleArgs, format: LogFormat) -> Result<()> {
     }
     grid(&Tensor::cat(&all, 0)?)?;
     let text = format!("{}  {} images", out.grid().display(), args.count);
-    let record = json!({ "event": "sampled", "path": out.grid(), "images": args.count, "labels": labels,
+    let record = json!({ "event": "sampled", "path": output::path(out.grid()), "images": args.count, "labels": labels,
         "seed": args.seed });
     output::result(format, text, &record)
 }

@@ -1,8 +1,9 @@
 //! `vq train`
 
+use std::collections::BTreeMap;
 use std::process::ExitCode;
 
-use candle_core::Device;
+use candle_core::{Device, Var};
 use clap::Args;
 use vq_data::Splits;
 use vq_train::{Outcome, Recipe, RunFolder, Tokenizer};
@@ -76,8 +77,9 @@ pub(crate) fn run(args: &TrainArgs, format: LogFormat) -> Result<ExitCode> {
         training::trainer(tokenizer, &recipe.train, &run, Pictures::new(&run), watch)?;
     if args.run.resume {
         trainer.resume()?;
-        recipe.save(&run.recipe_file())?;
-        training::note_done(&trainer, recipe.train.epochs, format)?;
+        if !training::is_done(&trainer, recipe.train.epochs, format)? {
+            recipe.save(&run.recipe_file())?;
+        }
     }
     match trainer.run()? {
         Outcome::Finished => Ok(ExitCode::SUCCESS),
@@ -119,7 +121,12 @@ fn describe(
         output::bytes(memory.batches + memory.data)
     ))?;
     let model = tokenizer.model();
-    let parameters: usize = model.parameters().values().map(|var| var.elem_count()).sum();
+    let count =
+        |vars: &BTreeMap<String, Var>| -> usize { vars.values().map(|var| var.elem_count()).sum() };
+    let beside = match count(model.buffers()) {
+        0 => String::new(),
+        buffers => format!(" and {} kept beside them", output::count(buffers as u64)),
+    };
     output::line(format!(
         "data    {} ({} images), {} ({})",
         splits.train.name(),
@@ -128,10 +135,10 @@ fn describe(
         splits.test.len()
     ))?;
     output::line(format!(
-        "model   {} parameters, {} multiply-adds and {} bits an image",
-        output::count(parameters as u64),
+        "model   {} parameters{beside}, {} multiply-adds and {} bits an image",
+        output::count(count(model.parameters()) as u64),
         output::count(model.multiply_adds()?),
-        model.config().bits_per_image()
+        output::bits(model.config().bits_per_image())
     ))?;
     output::line(format!(
         "train   {} epochs, batches of {}, seed {}; {} on the {}",

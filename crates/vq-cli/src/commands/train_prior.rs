@@ -109,8 +109,9 @@ pub(crate) fn run(args: &TrainPriorArgs, format: LogFormat) -> Result<ExitCode> 
     let mut trainer = training::trainer(task, &train, &run, pictures, watch)?;
     if args.run.resume {
         trainer.resume()?;
-        recipe.save(&run.recipe_file())?;
-        training::note_done(&trainer, train.epochs, format)?;
+        if !training::is_done(&trainer, train.epochs, format)? {
+            recipe.save(&run.recipe_file())?;
+        }
     }
     match trainer.run()? {
         Outcome::Finished => Ok(ExitCode::SUCCESS),

@@ -35,6 +35,7 @@ pub(super) fn initialize(
         let (counts, sums) = (counts.to_vec1::<f32>()?, sums.flatten_all()?.to_vec1::<f32>()?);
         let empty = counts.iter().filter(|&&count| count == 0.0).count();
         let mut fresh = seed_rows(&vectors, dim, empty, &mut stream);
+        let before = centres.clone();
         for ((centre, sum), &count) in
             centres.chunks_exact_mut(dim).zip(sums.chunks_exact(dim)).zip(&counts)
         {
@@ -45,6 +46,10 @@ pub(super) fn initialize(
                 centre.copy_from_slice(&fresh);
                 fresh = rest;
             }
+        }
+        if centres == before {
+            // Nothing moves any more.
+            break;
         }
         tensor = quantizer.scaled(&Tensor::from_slice(&centres, (k, dim), pool.device())?)?;
     }
