@@ -26,6 +26,14 @@ pub(crate) fn make_folder(path: &Path) -> Result<()> {
     fs::create_dir_all(path).map_err(Error::write(path))
 }
 
+/// Makes the folder that a file goes into.
+pub(crate) fn make_folder_of(file: &Path) -> Result<()> {
+    match file.parent() {
+        Some(folder) if folder != Path::new("") => make_folder(folder),
+        _ => Ok(()),
+    }
+}
+
 /// A file that is written bit by bit, and appears under its name only when it is whole.
 #[derive(Debug)]
 pub(crate) struct Atomic {

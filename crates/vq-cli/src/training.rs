@@ -93,17 +93,21 @@ pub(crate) fn trainer<T: Trainable>(
         .with_stop_flag(watch.stop.flag.clone()))
 }
 
-/// Whether a run that is to go on has nothing left to do, which is said.
-pub(crate) fn is_done<T: Trainable>(
-    trainer: &Trainer<T>,
+/// Takes up a run from its last checkpoint; whether anything is left to do. Says so where nothing is, and where
+/// everything is.
+pub(crate) fn resume<T: Trainable>(
+    trainer: &mut Trainer<T>,
     epochs: usize,
     format: LogFormat,
 ) -> Result<bool> {
+    if trainer.resume()?.is_none() {
+        output::note(format, "there is no checkpoint yet: starting from the beginning")?;
+    }
     let is_done = trainer.progress().epoch >= epochs;
     if is_done {
         output::note(format, &format!("all {epochs} epochs are done; --epochs N goes on to N"))?;
     }
-    Ok(is_done)
+    Ok(!is_done)
 }
 
 /// Warns where training will take more memory than is free.

@@ -123,12 +123,25 @@ impl RunFolder {
 
     /// The recipe that the run was started with.
     pub fn recipe(&self) -> Result<Recipe> {
+        let is_prior = PriorRecipe::from_file(&self.recipe_file()).is_ok();
         Recipe::from_file(&self.recipe_file())
+            .map_err(|error| self.is_other(error, is_prior, "prior", "train-prior"))
     }
 
     /// The recipe that the run of a prior was started with.
     pub fn prior_recipe(&self) -> Result<PriorRecipe> {
+        let is_model = Recipe::from_file(&self.recipe_file()).is_ok();
         PriorRecipe::from_file(&self.recipe_file())
+            .map_err(|error| self.is_other(error, is_model, "model", "train"))
+    }
+
+    /// What is wrong with a recipe, where it may be that of the run of something else.
+    fn is_other(&self, error: Error, is_other: bool, what: &str, command: &str) -> Error {
+        if !is_other {
+            return error;
+        }
+        let problem = format!("holds the run of a {what}, which belongs to `vq {command}`");
+        Error::NoRun { path: self.path.clone(), problem }
     }
 
     fn clear(&self) -> Result<()> {

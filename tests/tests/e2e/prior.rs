@@ -88,6 +88,8 @@ fn five_commands_end_in_new_images() {
     let drawn = image::open(folder.join("prior/epoch_2_samples.png")).unwrap();
     assert_eq!((drawn.width(), drawn.height()), (10 * 18 + 2, 18 + 2));
     assert!(folder.join("prior/best/unigram.json").is_file());
+    let says = ["holds the run of a prior", "`vq train-prior`"];
+    fail(folder, ["train", "--resume", "--out=prior"], &says);
 
     let model = model();
     let out = tempfile::tempdir().unwrap();

@@ -21,7 +21,7 @@ use crate::cli::LogFormat;
 use crate::compute::{self, ComputeArgs, MODEL_PRECISION};
 use crate::data_args::{DATA_ARGS, DataArgs, Split, name_broken, open_for};
 use crate::error::{Error, Result};
-use crate::file::Atomic;
+use crate::file::{Atomic, make_folder_of};
 use crate::images::{self, ImageArgs};
 use crate::output;
 
@@ -97,6 +97,7 @@ pub(crate) fn run(args: &CompressArgs, format: LogFormat) -> Result<()> {
         names,
     };
 
+    make_folder_of(&args.out)?;
     let file = Atomic::create(&args.out)?;
     let mut writer = CompressedWriter::new(file, head).map_err(|error| named(error, &args.out))?;
     let loader = loader(&model, dataset.clone(), IMAGES_PER_BLOCK)?;

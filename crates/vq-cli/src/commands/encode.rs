@@ -16,7 +16,7 @@ use crate::compute::ComputeArgs;
 use crate::data_args::{DATA_ARGS, DataArgs, Split};
 use crate::error::Result;
 use crate::images::{self, ImageArgs};
-use crate::output;
+use crate::{file, output};
 
 /// Turn images into codes: image files into one file, or (--dataset) a whole data set into a folder.
 ///
@@ -80,6 +80,7 @@ pub(crate) fn run(args: &EncodeArgs, format: LogFormat) -> Result<()> {
     let images = pictures.iter().map(|picture| picture.path.clone()).collect();
     let precision = args.compute.precision.unwrap_or_default();
     let hash = model_hash(&folder)?;
+    file::make_folder_of(out)?;
     CodesFile { codes: codes.clone(), images, precision, model: Some(hash) }.write(out)?;
     output::result(format, text, &record)
 }

@@ -75,11 +75,8 @@ pub(crate) fn run(args: &TrainArgs, format: LogFormat) -> Result<ExitCode> {
     let watch = Watch { format, stop: &stop, subject: Subject::Tokenizer };
     let mut trainer =
         training::trainer(tokenizer, &recipe.train, &run, Pictures::new(&run), watch)?;
-    if args.run.resume {
-        trainer.resume()?;
-        if !training::is_done(&trainer, recipe.train.epochs, format)? {
-            recipe.save(&run.recipe_file())?;
-        }
+    if args.run.resume && training::resume(&mut trainer, recipe.train.epochs, format)? {
+        recipe.save(&run.recipe_file())?;
     }
     match trainer.run()? {
         Outcome::Finished => Ok(ExitCode::SUCCESS),

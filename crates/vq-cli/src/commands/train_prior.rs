@@ -107,11 +107,8 @@ pub(crate) fn run(args: &TrainPriorArgs, format: LogFormat) -> Result<ExitCode> 
     let watch = Watch { format, stop: &stop, subject: Subject::Prior };
     let pictures = PriorPictures::new(&run, task.prior().config());
     let mut trainer = training::trainer(task, &train, &run, pictures, watch)?;
-    if args.run.resume {
-        trainer.resume()?;
-        if !training::is_done(&trainer, train.epochs, format)? {
-            recipe.save(&run.recipe_file())?;
-        }
+    if args.run.resume && training::resume(&mut trainer, train.epochs, format)? {
+        recipe.save(&run.recipe_file())?;
     }
     match trainer.run()? {
         Outcome::Finished => Ok(ExitCode::SUCCESS),

@@ -41,7 +41,7 @@ fn a_folder_that_cannot_be_written_is_named() {
     assert!(error.to_string().contains("checkpoints"), "{error}");
     let names: Vec<_> =
         std::fs::read_dir(&run).unwrap().map(|entry| entry.unwrap().file_name()).collect();
-    assert_eq!(names.len(), 3, "recipe, metrics and the file in the way: {names:?}");
+    assert_eq!(names.len(), 4, "recipe, metrics, the lock and the file in the way: {names:?}");
 }
 
 #[test]
