@@ -62,6 +62,18 @@ pub enum Error {
         now: usize,
     },
 
+    /// The data set has another size than the one that the run was started with.
+    #[error(
+        "cannot resume: there are {now} images to learn from, at the checkpoint there were {was}; use the same data, \
+         or start a new run with --out"
+    )]
+    ResumeImages {
+        /// Images at the checkpoint.
+        was: usize,
+        /// Images now.
+        now: usize,
+    },
+
     /// The run folder already holds a run.
     #[error(
         "{} already holds a run: go on with it (--resume), write elsewhere (--out DIR), or replace it \

@@ -155,6 +155,10 @@ impl Trainable for PriorTask {
         self.train.len() / self.config.batch_size.max(1)
     }
 
+    fn image_counts(&self) -> Option<[usize; 2]> {
+        Some(self.images().into())
+    }
+
     fn batches(
         &self,
         epoch: u64,

@@ -33,6 +33,9 @@ pub struct Progress {
     pub batch: usize,
     /// Batches in an epoch.
     pub batches_per_epoch: usize,
+    /// See [`Trainable::image_counts`](crate::Trainable::image_counts).
+    #[serde(default)]
+    pub images: Option<[usize; 2]>,
     /// Whether the model was prepared (k-means).
     pub prepared: bool,
     /// Whether a collapse has been reported.
@@ -72,6 +75,7 @@ impl Progress {
             epoch: 0,
             batch: 0,
             batches_per_epoch,
+            images: None,
             prepared: false,
             collapse_reported: false,
             advised: Vec::new(),

@@ -157,6 +157,10 @@ impl Trainable for Tokenizer {
         self.loader.batches_per_epoch()
     }
 
+    fn image_counts(&self) -> Option<[usize; 2]> {
+        Some(self.datasets().map(|data| data.len()))
+    }
+
     fn batches(&self, epoch: u64, first: usize) -> Box<dyn Iterator<Item = Result<Part>> + Send> {
         if let Some(images) = &self.device_images {
             let whole = |images| Part { images, first: 0 };

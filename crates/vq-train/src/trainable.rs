@@ -23,6 +23,12 @@ pub trait Trainable {
     /// Steps in an epoch.
     fn batches_per_epoch(&self) -> usize;
 
+    /// Images to learn from and images to judge by, where that is known: a run goes on with as many of the first as it
+    /// was started with, and says so where those of the second are others.
+    fn image_counts(&self) -> Option<[usize; 2]> {
+        None
+    }
+
     /// The batches of an epoch (from 0), from number `first` on. They must depend on the seed, the
     /// epoch and their number alone.
     fn batches(

@@ -6,7 +6,7 @@ use super::Trainer;
 use super::report::emit;
 use crate::optimizer::Optimizer;
 use crate::state::{self, TRAINING_FILE};
-use crate::{CheckpointSaved, Error, Event, Result, Trainable, WarningKind};
+use crate::{CheckpointSaved, Error, Event, Progress, Result, Trainable, WarningKind};
 
 impl<T: Trainable> Trainer<T> {
     /// Goes back to the newest checkpoint that can be read; `None`, and a start from the beginning, if
@@ -87,6 +87,20 @@ impl<T: Trainable> Trainer<T> {
         if progress.batches_per_epoch != now {
             return Err(Error::ResumeData { was: progress.batches_per_epoch, now });
         }
+        let now = self.task.image_counts();
+        if let (Some([train, test]), Some([train_now, test_now])) = (progress.images, now) {
+            if train != train_now {
+                return Err(Error::ResumeImages { was: train, now: train_now });
+            }
+            if test != test_now {
+                let message = format!(
+                    "{test_now} images to judge by, where there were {test} before: earlier scores, the best among \
+                     them, are of others"
+                );
+                self.warnings.push((WarningKind::Data, message));
+            }
+        }
+        let progress = Progress { images: now, ..progress };
         self.task.load(path)?;
         self.forget_recording();
         self.restore_codebooks(&tensors)?;

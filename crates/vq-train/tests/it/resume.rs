@@ -236,6 +236,7 @@ fn more_epochs_may_be_asked_for_another_model_may_not() {
         ("model.levels.0.quantizer.dim=8", "model.levels.0.quantizer.dim"),
         ("train.seed=1", "train.seed"),
         ("train.batch_size=4", "batches an epoch"),
+        ("data.train_count=42", "42 images to learn from"),
     ] {
         let error = resumed(&recipe(&[change]), folder.path()).err().unwrap().to_string();
         assert!(error.contains(part), "{error}");
