@@ -70,7 +70,7 @@ pub(crate) fn prepare(
 }
 
 /// How a run is watched and stopped.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 pub(crate) struct Watch<'a> {
     pub(crate) format: LogFormat,
     pub(crate) stop: &'a Stop,

@@ -191,7 +191,12 @@ pub(super) fn training(progress: &Progress) -> Result<()> {
         progress.step, progress.epoch, progress.batch, progress.batches_per_epoch, progress.seed
     ))?;
     if let Some(best) = &progress.best {
-        output::line(format!("best          {:.3} after epoch {}", best.score, best.epoch))?;
+        // Judged by a likelihood, or by PSNR.
+        let score = match best.score {
+            score if score < 0.0 => format!("{:.3} bits", -score),
+            score => format!("{score:.3} dB"),
+        };
+        output::line(format!("best          {score} after epoch {}", best.epoch))?;
     }
     let Some(record) = progress.history.last() else { return Ok(()) };
     for (name, metrics) in [("train", Some(&record.train)), ("test", record.test.as_ref())] {

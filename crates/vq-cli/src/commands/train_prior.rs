@@ -104,7 +104,8 @@ pub(crate) fn run(args: &TrainPriorArgs, format: LogFormat) -> Result<ExitCode> 
     };
     describe(&recipe, &task, &device, format)?;
     let train = recipe.train.resolve();
-    let watch = Watch { format, stop: &stop, subject: Subject::Prior };
+    let model = recipe.data.model.clone();
+    let watch = Watch { format, stop: &stop, subject: Subject::Prior { model } };
     let pictures = PriorPictures::new(&run, task.prior().config());
     let mut trainer = training::trainer(task, &train, &run, pictures, watch)?;
     if args.run.resume && training::resume(&mut trainer, train.epochs, format)? {

@@ -3,6 +3,7 @@
 use std::borrow::Cow;
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressFinish, ProgressStyle};
@@ -26,12 +27,15 @@ pub(crate) struct Reporter {
 }
 
 /// What is trained.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Subject {
     Tokenizer,
     /// A tokenizer among others.
     Compared,
-    Prior,
+    Prior {
+        /// The tokenizer's folder.
+        model: PathBuf,
+    },
 }
 
 enum Style {
@@ -75,7 +79,7 @@ impl Reporter {
             }
             Event::RunFinished(ended) => {
                 self.clear();
-                self.line(&finished(ended, &self.run, self.subject))
+                self.line(&finished(ended, &self.run, &self.subject))
             }
             Event::RunInterrupted(ended) => {
                 self.clear();
@@ -162,10 +166,10 @@ impl Reporter {
 
 impl Subject {
     /// The command that goes on with a run; none where that depends on more than the run.
-    fn command(self) -> Option<&'static str> {
+    fn command(&self) -> Option<&'static str> {
         match self {
             Self::Tokenizer => Some("train"),
-            Self::Prior => Some("train-prior"),
+            Self::Prior { .. } => Some("train-prior"),
             Self::Compared => None,
         }
     }
@@ -234,7 +238,7 @@ fn terms(metrics: &Metrics) -> String {
     terms.map(|(name, value)| format!("{name} {value:.4}")).collect::<Vec<_>>().join("  ")
 }
 
-fn finished(ended: &RunEnded<'_>, run: &str, subject: Subject) -> String {
+fn finished(ended: &RunEnded<'_>, run: &str, subject: &Subject) -> String {
     let epoch = ended.history.last().map_or(0, |record| record.epoch);
     let best = ended.best.map_or_else(String::new, |best| match subject {
         // Judged by a likelihood, where the model has one.
@@ -245,7 +249,7 @@ fn finished(ended: &RunEnded<'_>, run: &str, subject: Subject) -> String {
         Subject::Tokenizer | Subject::Compared => {
             format!(", best test PSNR {:.2} dB after epoch {}", best.score, best.epoch)
         }
-        Subject::Prior => {
+        Subject::Prior { .. } => {
             format!(", best held-out {:.4} bits per code after epoch {}", -best.score, best.epoch)
         }
     });
@@ -257,9 +261,11 @@ fn finished(ended: &RunEnded<'_>, run: &str, subject: Subject) -> String {
             )
         }
         Subject::Compared => String::new(),
-        Subject::Prior => {
+        Subject::Prior { model } => {
+            let model = model.display().to_string();
             format!(
-                "; look at {run}/epoch_{epoch}_samples.png, try: vq sample --prior {typed} --model MODEL"
+                "; look at {run}/epoch_{epoch}_samples.png, try: vq sample --prior {typed} --model {}",
+                self::typed(&model)
             )
         }
     };
