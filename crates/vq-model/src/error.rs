@@ -18,6 +18,10 @@ pub enum Error {
         problem: String,
     },
 
+    /// Placing the codebooks was stopped, as was asked for.
+    #[error("stopped before the codebooks were placed")]
+    Stopped,
+
     /// `config.json` is not JSON, or holds a key or a type that it must not.
     #[error("{}: {source}; correct it, or take the file that was saved with the model", path.display())]
     ConfigFile {

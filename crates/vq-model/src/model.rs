@@ -8,7 +8,7 @@ use vq_ops::{FeatureMap, Precision, StepNumber, channels_first, channels_last};
 use crate::level::Level;
 use crate::likelihood::{judge, means};
 use crate::part::Builder;
-use crate::quantizer::{CodebookReport, CodebookUpdate, Quantizer, TrainingStep};
+use crate::quantizer::{CodebookReport, CodebookUpdate, KMeans, Quantizer, TrainingStep};
 use crate::{Codes, Config, Error, Result};
 
 /// A VQ-VAE (van den Oord et al. 2017) with one level of codes, or a VQ-VAE-2 (Razavi et al. 2019) with
@@ -277,9 +277,22 @@ impl VqVae {
     /// [`Output::z_e`], one tensor `[…,D]` per level. N starts as the sizes of the clusters: a pool of
     /// one step's vectors weighs as much as one step in equilibrium.
     pub fn initialize_codebooks(&self, z_e: &[Tensor], rounds: usize, seed: u64) -> Result<()> {
+        self.initialize_codebooks_unless(z_e, rounds, seed, &|| false)
+    }
+
+    /// The same, unless `stop`, which is asked before every round, says so: then it ends with [`Error::Stopped`],
+    /// and some of the levels may have been placed.
+    pub fn initialize_codebooks_unless(
+        &self,
+        z_e: &[Tensor],
+        rounds: usize,
+        seed: u64,
+        stop: &dyn Fn() -> bool,
+    ) -> Result<()> {
         self.one_per_level(z_e.len(), "pools of vectors")?;
+        let how = KMeans { rounds, seed, stop };
         let mut pairs = self.levels.iter().zip(z_e);
-        pairs.try_for_each(|(level, z_e)| level.quantizer.initialize(z_e, rounds, seed))
+        pairs.try_for_each(|(level, z_e)| level.quantizer.initialize(z_e, how))
     }
 
     /// Whether [`initialize_codebooks`](Self::initialize_codebooks) has run, in this run or one that

@@ -285,6 +285,10 @@ fn kmeans_takes_pools_with_fewer_different_vectors_than_codes() {
     }
     let nan = Tensor::full(f32::NAN, (10, 6), &vq_ops::test_device()).unwrap();
     let before = bits(&model);
+    let rounds = std::cell::Cell::new(0);
+    let stop = || rounds.replace(rounds.get() + 1) == 2;
+    let stopped = model.initialize_codebooks_unless(&[uniform(1, &[10, 6], 1.0)], 5, 0, &stop);
+    assert!(matches!(stopped, Err(vq_model::Error::Stopped)), "{stopped:?}");
     assert!(model.initialize_codebooks(&[nan], 5, 0).is_err());
     assert!(model.initialize_codebooks(&[], 5, 0).is_err());
     assert!(model.initialize_codebooks(&[uniform(0, &[10, 5], 1.0)], 5, 0).is_err());

@@ -188,8 +188,8 @@ impl Trainable for PriorTask {
         name.ends_with(".weight")
     }
 
-    fn prepare(&mut self) -> Result<()> {
-        Ok(())
+    fn prepare(&mut self, _: &AtomicBool) -> Result<bool> {
+        Ok(true)
     }
 
     fn forward(&self, batch: &TrainingBatch, _: u64) -> Result<Forward<()>> {

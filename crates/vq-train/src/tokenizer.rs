@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use candle_core::{Device, Tensor, Var};
 use vq_data::{Batch, Dataset, Loader, LoaderOptions, Splits};
@@ -182,11 +182,12 @@ impl Trainable for Tokenizer {
     }
 
     /// k-means on the encoder's outputs for the first batches.
-    fn prepare(&mut self) -> Result<()> {
+    fn prepare(&mut self, stop: &AtomicBool) -> Result<bool> {
         let rounds = self.config.kmeans.rounds;
         if rounds == 0 || self.model.codebooks_initialized()? {
-            return Ok(());
+            return Ok(true);
         }
+        let is_stopped = || stop.load(Ordering::Relaxed);
         let mut pools: Vec<Vec<Tensor>> = vec![Vec::new(); self.model.config().levels.len()];
         let mut vectors = 0;
         for batch in self.batches(0, 0) {
@@ -199,13 +200,20 @@ impl Trainable for Tokenizer {
                 vectors +=
                     pools.first().and_then(|pool| pool.last()).map_or(Ok(0), |z| z.dim(0))?;
             }
+            if is_stopped() {
+                return Ok(false);
+            }
             if vectors >= self.config.kmeans.vectors {
                 break;
             }
         }
         let pools: Vec<Tensor> =
             pools.iter().map(|pool| Tensor::cat(pool, 0)).collect::<candle_core::Result<_>>()?;
-        Ok(self.model.initialize_codebooks(&pools, rounds, self.config.seed)?)
+        let seed = self.config.seed;
+        match self.model.initialize_codebooks_unless(&pools, rounds, seed, &is_stopped) {
+            Err(vq_model::Error::Stopped) => Ok(false),
+            placed => Ok(placed.map(|()| true)?),
+        }
     }
 
     fn split(&self, batch: Part, count: usize) -> Result<Vec<Part>> {

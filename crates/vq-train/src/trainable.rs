@@ -43,8 +43,9 @@ pub trait Trainable {
     /// Whether weight decay applies to that parameter.
     fn decays(&self, name: &str, parameter: &Var) -> bool;
 
-    /// Called once, before the first step of a run, e.g. to place the codes by k-means.
-    fn prepare(&mut self) -> Result<()>;
+    /// Called once, before the first step of a run, e.g. to place the codes by k-means. False where it was `stop` that
+    /// ended it: then the run ends before its first step, and nothing of it is kept.
+    fn prepare(&mut self, stop: &AtomicBool) -> Result<bool>;
 
     /// The loss of a batch in a step (numbered from 1), on which alone depends what is random in it.
     fn forward(&self, batch: &Self::Batch, step: u64) -> Result<Forward<Self::Residue>>;

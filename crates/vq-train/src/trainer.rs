@@ -141,7 +141,10 @@ impl<T: Trainable> Trainer<T> {
 
     /// Trains until all epochs are done or the stop flag is raised.
     pub fn run(&mut self) -> Result<Outcome> {
-        self.start()?;
+        if !self.start()? {
+            self.emit_end(false)?;
+            return Ok(Outcome::Interrupted);
+        }
         while self.progress.epoch < self.config.epochs {
             if !self.train_epoch()? || !self.finish_epoch()? {
                 self.save(false)?;
@@ -293,7 +296,8 @@ impl<T: Trainable> Trainer<T> {
         }
     }
 
-    fn start(&mut self) -> Result<()> {
+    /// False if it was stopped.
+    fn start(&mut self) -> Result<bool> {
         self.checkpoints.recover()?;
         let parameters = self.task.parameters().values().map(|var| var.elem_count()).sum();
         let event = Event::RunStarted(RunStarted {
@@ -315,13 +319,15 @@ impl<T: Trainable> Trainer<T> {
             self.warn(WarningKind::Settings, &concern)?;
         }
         if !self.progress.prepared {
-            self.task.prepare().map_err(|error| self.explain(0, error))?;
+            if !self.task.prepare(&self.stop).map_err(|error| self.explain(0, error))? {
+                return Ok(false);
+            }
             // Averages start at the prepared parameters.
             self.optimizer = Optimizer::new(self.task.parameters(), &self.config)?;
             self.progress.prepared = true;
             self.codebooks = self.task.codebooks()?;
         }
-        Ok(())
+        Ok(true)
     }
 
     fn is_stopped(&self) -> bool {

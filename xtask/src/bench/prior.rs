@@ -49,8 +49,8 @@ impl Trainable for RandomCodes {
         true
     }
 
-    fn prepare(&mut self) -> vq_train::Result<()> {
-        Ok(())
+    fn prepare(&mut self, _: &AtomicBool) -> vq_train::Result<bool> {
+        Ok(true)
     }
 
     fn forward(&self, (): &(), step: u64) -> vq_train::Result<Forward<()>> {

@@ -86,7 +86,12 @@ impl Reporter {
                 let advice = self.subject.command().map_or_else(String::new, |command| {
                     format!("; go on with: vq {command} --resume --out {}", self.run)
                 });
-                self.line(&format!("stopped and saved at step {}{advice}", ended.step))
+                match ended.checkpoint {
+                    Some(_) => {
+                        self.line(&format!("stopped and saved at step {}{advice}", ended.step))
+                    }
+                    None => self.line(&format!("stopped before the first step{advice}")),
+                }
             }
             _ => Ok(()),
         }

@@ -9,13 +9,23 @@ use super::VectorQuantizer;
 use crate::random::Stream;
 use crate::{Error, Result};
 
+/// How long k-means runs.
+#[derive(Clone, Copy)]
+pub struct KMeans<'a> {
+    /// Rounds, at most: it ends where nothing moves any more.
+    pub rounds: usize,
+    /// Of what is drawn.
+    pub seed: u64,
+    /// Asked before every round; it ends with [`Error::Stopped`] and leaves the codebook as it was.
+    pub stop: &'a dyn Fn() -> bool,
+}
+
 /// Lloyd's k-means on the pool `z_e` `[…,D]`: starts from distinct vectors of the pool, and seeds a
 /// cluster that falls empty anew. Sets e, N to the sizes of the clusters, m = N·e, and the flag.
 pub(super) fn initialize(
     quantizer: &VectorQuantizer,
     z_e: &Tensor,
-    rounds: usize,
-    seed: u64,
+    KMeans { rounds, seed, stop }: KMeans<'_>,
 ) -> Result<()> {
     let pool = quantizer.vectors(z_e)?;
     let (k, dim) = (quantizer.config.codebook_size, quantizer.config.dim);
@@ -31,6 +41,9 @@ pub(super) fn initialize(
     let mut centres = seed_rows(&vectors, dim, k, &mut stream);
     let mut tensor = quantizer.scaled(&Tensor::from_slice(&centres, (k, dim), pool.device())?)?;
     for _ in 0..rounds {
+        if stop() {
+            return Err(Error::Stopped);
+        }
         let (counts, sums) = code_statistics(&pool, &nearest_codes(&pool, &tensor)?, k)?;
         let (counts, sums) = (counts.to_vec1::<f32>()?, sums.flatten_all()?.to_vec1::<f32>()?);
         let empty = counts.iter().filter(|&&count| count == 0.0).count();

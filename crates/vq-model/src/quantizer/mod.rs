@@ -16,6 +16,7 @@ use candle_core::Tensor;
 use vq_ops::{FeatureMap, StepNumber};
 
 pub use estimator::{rotation, straight_through};
+pub(crate) use kmeans::KMeans;
 pub use update::{CodebookReport, CodebookUpdate};
 pub use vector::VectorQuantizer;
 
@@ -70,10 +71,10 @@ pub trait Quantizer: std::fmt::Debug + Send + Sync {
     /// Multiply-adds that finding the codes of `positions` vectors takes.
     fn multiply_adds(&self, positions: usize) -> u64;
 
-    /// Places the code vectors among a pool of encoder outputs `[…,D]`, by `rounds` of k-means. Does
-    /// nothing where a kind has no such start.
-    fn initialize(&self, z_e: &Tensor, rounds: usize, seed: u64) -> Result<()> {
-        let _ = (z_e, rounds, seed);
+    /// Places the code vectors among a pool of encoder outputs `[…,D]`, by k-means. Does nothing where a kind
+    /// has no such start.
+    fn initialize(&self, z_e: &Tensor, how: KMeans<'_>) -> Result<()> {
+        let _ = (z_e, how);
         Ok(())
     }
 

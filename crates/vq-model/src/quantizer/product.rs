@@ -3,7 +3,7 @@
 use candle_core::{D, Tensor};
 use vq_ops::StepNumber;
 
-use super::{CodebookReport, CodebookUpdate, Quantized, Quantizer, VectorQuantizer, rows};
+use super::{CodebookReport, CodebookUpdate, KMeans, Quantized, Quantizer, VectorQuantizer, rows};
 use crate::part::Builder;
 use crate::{Error, QuantizerConfig, QuantizerKind, Result};
 
@@ -114,9 +114,9 @@ impl Quantizer for ProductQuantizer {
         self.parts.iter().map(|part| part.multiply_adds(positions)).sum()
     }
 
-    fn initialize(&self, z_e: &Tensor, rounds: usize, seed: u64) -> Result<()> {
+    fn initialize(&self, z_e: &Tensor, how: KMeans<'_>) -> Result<()> {
         let mut pairs = self.parts.iter().zip(self.split(z_e)?);
-        pairs.try_for_each(|(part, z_e)| part.initialize(&z_e, rounds, seed))
+        pairs.try_for_each(|(part, z_e)| part.initialize(&z_e, how))
     }
 
     fn is_initialized(&self) -> Result<bool> {

@@ -5,8 +5,8 @@ use candle_core::Tensor;
 use vq_ops::squared_error;
 
 use super::product::{all_initialized, join_codes, split_codes};
-use super::rows;
 use super::{CodebookReport, CodebookUpdate, Quantized, Quantizer, TrainingStep, VectorQuantizer};
+use super::{KMeans, rows};
 use crate::part::Builder;
 use crate::random::Stream;
 use crate::{Error, QuantizerConfig, QuantizerKind, Result};
@@ -153,10 +153,10 @@ impl Quantizer for ResidualQuantizer {
         self.stages.iter().map(|stage| stage.multiply_adds(positions)).sum()
     }
 
-    fn initialize(&self, z_e: &Tensor, rounds: usize, seed: u64) -> Result<()> {
+    fn initialize(&self, z_e: &Tensor, how: KMeans<'_>) -> Result<()> {
         let mut residual = rows(&self.name, &z_e.detach(), self.config.dim)?;
         for stage in &self.stages {
-            stage.initialize(&residual, rounds, seed)?;
+            stage.initialize(&residual, how)?;
             residual = (&residual - stage.decode(&stage.nearest(&residual)?)?)?;
         }
         Ok(())

@@ -6,7 +6,7 @@ use vq_ops::{FeatureMap, Replaced, StepNumber, lookup, nearest_codes, squared_er
 use super::{
     CodebookReport, CodebookUpdate, Quantized, QuantizedMap, Quantizer, TrainingStep, through_graph,
 };
-use super::{kmeans, rows, update, zero_like};
+use super::{KMeans, kmeans, rows, update, zero_like};
 use crate::part::Builder;
 use crate::{CodebookRule, GradientEstimator, QuantizerConfig, Result};
 
@@ -185,8 +185,8 @@ impl Quantizer for VectorQuantizer {
         (positions * self.config.codebook_size * self.config.dim) as u64
     }
 
-    fn initialize(&self, z_e: &Tensor, rounds: usize, seed: u64) -> Result<()> {
-        kmeans::initialize(self, z_e, rounds, seed)
+    fn initialize(&self, z_e: &Tensor, how: KMeans<'_>) -> Result<()> {
+        kmeans::initialize(self, z_e, how)
     }
 
     fn is_initialized(&self) -> Result<bool> {

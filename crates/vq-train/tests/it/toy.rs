@@ -64,9 +64,9 @@ impl Trainable for Toy {
         name != "codebook"
     }
 
-    fn prepare(&mut self) -> Result<()> {
+    fn prepare(&mut self, _: &AtomicBool) -> Result<bool> {
         self.note("prepare");
-        Ok(())
+        Ok(true)
     }
 
     fn forward(&self, (): &(), _: u64) -> Result<Forward<f32>> {
