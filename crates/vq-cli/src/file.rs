@@ -28,10 +28,7 @@ pub(crate) fn make_folder(path: &Path) -> Result<()> {
 
 /// Makes the folder that a file goes into.
 pub(crate) fn make_folder_of(file: &Path) -> Result<()> {
-    match file.parent() {
-        Some(folder) if folder != Path::new("") => make_folder(folder),
-        _ => Ok(()),
-    }
+    file.parent().map_or(Ok(()), make_folder)
 }
 
 /// A file that is written bit by bit, and appears under its name only when it is whole.

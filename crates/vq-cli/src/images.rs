@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use clap::Args;
 use image::{RgbImage, imageops};
-use vq_data::{Dataset, ImageShape, InMemory, picture};
+use vq_data::{Dataset, ImageShape, InMemory, LARGEST_SIDE, picture};
 use vq_model::Config;
 
 use crate::cli::LogFormat;
@@ -25,9 +25,6 @@ pub(crate) struct ImageArgs {
     #[arg(long, value_name = "SIZE")]
     size: Option<Size>,
 }
-
-/// Larger images would take more memory than machines have.
-const LARGEST_SIDE: usize = 16_384;
 
 /// A size in pixels: N for N×N, or `WIDTHxHEIGHT`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

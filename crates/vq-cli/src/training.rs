@@ -70,7 +70,6 @@ pub(crate) fn prepare(
 }
 
 /// How a run is watched and stopped.
-#[derive(Clone)]
 pub(crate) struct Watch<'a> {
     pub(crate) format: LogFormat,
     pub(crate) stop: &'a Stop,

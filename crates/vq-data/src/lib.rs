@@ -48,4 +48,4 @@ pub use error::Error;
 pub use folder::Indexing;
 pub use loader::{Batch, Batches, Loader, LoaderOptions, Picks, PixelRoute, RawBatch};
 pub use normalization::Normalization;
-pub use source::{OnBroken, OpenOptions, Source, open, open_watched};
+pub use source::{LARGEST_SIDE, OnBroken, OpenOptions, Source, open, open_watched};

@@ -112,8 +112,8 @@ impl Source {
     }
 }
 
-/// Larger images would overflow memory long before this.
-const LARGEST_SIDE: usize = 16_384;
+/// The largest height and width of images; larger ones would overflow memory long before this.
+pub const LARGEST_SIDE: usize = 16_384;
 
 /// Refuses a height or width that cannot be meant.
 pub(crate) fn check_size([height, width]: [usize; 2]) -> Result<(), Error> {

@@ -27,14 +27,10 @@ static FORM: LazyLock<Form> = LazyLock::new(|| match std::env::var(FORM_VARIABLE
 
 /// The `cpu_fwd` of an operation on so many operands that is never given tensors of the CPU.
 macro_rules! not_on_the_cpu {
-    ($($operand:ident),+) => {
+    ($($operand:pat),+) => {
         fn cpu_fwd(
             &self,
-            $(
-                #[allow(unused_variables)]
-                $operand: &candle_core::CpuStorage,
-                _: &candle_core::Layout,
-            )+
+            $($operand: &candle_core::CpuStorage, _: &candle_core::Layout,)+
         ) -> candle_core::Result<(candle_core::CpuStorage, candle_core::Shape)> {
             candle_core::bail!("{} has another form on the CPU", self.name())
         }

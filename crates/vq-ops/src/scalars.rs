@@ -49,7 +49,7 @@ impl CustomOp3 for WeightedSum {
         "vq-weighted-sum"
     }
 
-    not_on_the_cpu!(x, y, z);
+    not_on_the_cpu!(_, _, _);
 
     #[cfg(feature = "cuda")]
     fn cuda_fwd(

@@ -82,10 +82,7 @@ impl Checkpoints {
         let folder = self.folder();
         for entry in fs::read_dir(&folder).map_err(Error::read(&folder))? {
             let path = entry.map_err(Error::read(&folder))?.path();
-            let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
-            let is_left_over =
-                [PARTIAL, REPLACED, REMOVED].iter().any(|prefix| name.starts_with(prefix));
-            if step_of(&path).is_some() || is_left_over {
+            if step_of(&path).is_some() || is_left_over(&path) {
                 fs::remove_dir_all(&path).map_err(Error::write(&path))?;
             }
         }
@@ -109,7 +106,7 @@ impl Checkpoints {
                     continue;
                 }
             }
-            if [PARTIAL, REPLACED, REMOVED].iter().any(|prefix| name.starts_with(prefix)) {
+            if is_left_over(&path) {
                 fs::remove_dir_all(&path).map_err(Error::write(&path))?;
             }
         }
@@ -195,6 +192,12 @@ impl Checkpoints {
     fn linked(&self, link: &str) -> Option<PathBuf> {
         file::read_link(&self.run.join(link)).filter(|path| path.is_dir())
     }
+}
+
+/// Whether a crash left it half-written or half-removed.
+fn is_left_over(path: &Path) -> bool {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    [PARTIAL, REPLACED, REMOVED].iter().any(|prefix| name.starts_with(prefix))
 }
 
 /// The step that a checkpoint's name states.

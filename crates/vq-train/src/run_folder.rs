@@ -123,23 +123,23 @@ impl RunFolder {
 
     /// The recipe that the run was started with.
     pub fn recipe(&self) -> Result<Recipe> {
-        let is_prior = PriorRecipe::from_file(&self.recipe_file()).is_ok();
-        Recipe::from_file(&self.recipe_file())
-            .map_err(|error| self.is_other(error, is_prior, "prior", "train-prior"))
+        let file = self.recipe_file();
+        Recipe::from_file(&file).map_err(|error| match PriorRecipe::from_file(&file) {
+            Ok(_) => self.is_of("prior", "train-prior"),
+            Err(_) => error,
+        })
     }
 
     /// The recipe that the run of a prior was started with.
     pub fn prior_recipe(&self) -> Result<PriorRecipe> {
-        let is_model = Recipe::from_file(&self.recipe_file()).is_ok();
-        PriorRecipe::from_file(&self.recipe_file())
-            .map_err(|error| self.is_other(error, is_model, "model", "train"))
+        let file = self.recipe_file();
+        PriorRecipe::from_file(&file).map_err(|error| match Recipe::from_file(&file) {
+            Ok(_) => self.is_of("model", "train"),
+            Err(_) => error,
+        })
     }
 
-    /// What is wrong with a recipe, where it may be that of the run of something else.
-    fn is_other(&self, error: Error, is_other: bool, what: &str, command: &str) -> Error {
-        if !is_other {
-            return error;
-        }
+    fn is_of(&self, what: &str, command: &str) -> Error {
         let problem = format!("holds the run of a {what}, which belongs to `vq {command}`");
         Error::NoRun { path: self.path.clone(), problem }
     }

@@ -67,7 +67,7 @@ pub struct Running {
 }
 
 impl Progress {
-    pub(crate) fn new(seed: u64, batches_per_epoch: usize) -> Self {
+    pub(crate) fn new(seed: u64, batches_per_epoch: usize, images: Option<[usize; 2]>) -> Self {
         Self {
             version: VERSION,
             seed,
@@ -75,7 +75,7 @@ impl Progress {
             epoch: 0,
             batch: 0,
             batches_per_epoch,
-            images: None,
+            images,
             prepared: false,
             collapse_reported: false,
             advised: Vec::new(),

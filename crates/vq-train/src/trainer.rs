@@ -77,10 +77,7 @@ impl<T: Trainable> Trainer<T> {
             run,
             observers: Vec::new(),
             stop: Arc::default(),
-            progress: Progress {
-                images: task.image_counts(),
-                ..Progress::new(config.seed, task.batches_per_epoch())
-            },
+            progress: Progress::new(config.seed, task.batches_per_epoch(), task.image_counts()),
             optimizer: Optimizer::new(task.parameters(), config)?,
             codebooks: Vec::new(),
             resumed_from: None,

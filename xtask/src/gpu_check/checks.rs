@@ -67,6 +67,11 @@ pub(super) fn within(worst: f64, allowed: f64) -> std::result::Result<String, St
     if worst <= allowed { Ok(found) } else { Err(found) }
 }
 
+/// Of something that is either right to the bit or `otherwise`.
+pub(super) fn equal(found: Result<bool>, otherwise: &str) -> std::result::Result<String, String> {
+    if found.map_err(text)? { Ok("equal".to_owned()) } else { Err(otherwise.to_owned()) }
+}
+
 pub(super) fn text(error: impl std::fmt::Display) -> String {
     // What follows are a backtrace's lines.
     error.to_string().lines().next().unwrap_or_default().to_owned()

@@ -6,7 +6,7 @@ use vq_ops::{
     PackedLinear, PixelDistribution, Precision, Replaced, Stack, Staging,
 };
 
-use super::checks::{compare, difference, noise, text, within};
+use super::checks::{compare, difference, equal, noise, text, within};
 use super::report::Report;
 
 /// f32 in full.
@@ -266,10 +266,7 @@ fn pictures(device: &Device, report: &mut Report) {
         }
         Ok(is_right)
     };
-    let found = run().map_err(text).and_then(|is_right| {
-        if is_right { Ok("equal".to_owned()) } else { Err("other bytes arrived".to_owned()) }
-    });
-    report.check("bytes on their way", found);
+    report.check("bytes on their way", equal(run(), "other bytes arrived"));
 }
 
 fn elementwise(device: &Device, report: &mut Report) {
@@ -385,8 +382,5 @@ fn threads(device: &Device, report: &mut Report) {
         let here = run()?;
         Ok(elsewhere()? == here && elsewhere()? == here)
     };
-    let found = found().map_err(text).and_then(|is_equal| {
-        if is_equal { Ok("equal".to_owned()) } else { Err("other bits".to_owned()) }
-    });
-    report.check("products on other threads", found);
+    report.check("products on other threads", equal(found(), "other bits"));
 }

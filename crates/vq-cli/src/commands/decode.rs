@@ -88,7 +88,9 @@ pub(crate) fn run(args: &DecodeArgs, format: LogFormat) -> Result<()> {
     let CodesFile { codes, images, model: made_with, .. } = CodesFile::read(&args.codes)?;
     let folder = resolve_model(&args.model)?;
     let model = args.compute.load(&folder, &device)?;
-    if made_with.is_some_and(|hash| model_hash(&folder).is_ok_and(|own| own != hash)) {
+    if let Some(hash) = made_with
+        && hash != model_hash(&folder)?
+    {
         return Err(Error::other(format!(
             "{} holds codes of another model than {}, to which they mean something else; give the one that encoded \
              them (--model)",

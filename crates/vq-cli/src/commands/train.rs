@@ -1,13 +1,13 @@
 //! `vq train`
 
-use std::collections::BTreeMap;
 use std::process::ExitCode;
 
-use candle_core::{Device, Var};
+use candle_core::Device;
 use clap::Args;
 use vq_data::Splits;
 use vq_train::{Outcome, Recipe, RunFolder, Tokenizer};
 
+use super::inspect::count;
 use crate::cli::LogFormat;
 use crate::compute::{self, ComputeArgs};
 use crate::data_args::DataArgs;
@@ -118,8 +118,6 @@ fn describe(
         output::bytes(memory.batches + memory.data)
     ))?;
     let model = tokenizer.model();
-    let count =
-        |vars: &BTreeMap<String, Var>| -> usize { vars.values().map(|var| var.elem_count()).sum() };
     let beside = match count(model.buffers()) {
         0 => String::new(),
         buffers => format!(" and {} kept beside them", output::count(buffers as u64)),

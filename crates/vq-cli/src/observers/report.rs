@@ -86,12 +86,11 @@ impl Reporter {
                 let advice = self.subject.command().map_or_else(String::new, |command| {
                     format!("; go on with: vq {command} --resume --out {}", self.run)
                 });
-                match ended.checkpoint {
-                    Some(_) => {
-                        self.line(&format!("stopped and saved at step {}{advice}", ended.step))
-                    }
-                    None => self.line(&format!("stopped before the first step{advice}")),
-                }
+                let stopped = match ended.checkpoint {
+                    Some(_) => format!("stopped and saved at step {}", ended.step),
+                    None => "stopped before the first step".to_owned(),
+                };
+                self.line(&format!("{stopped}{advice}"))
             }
             _ => Ok(()),
         }

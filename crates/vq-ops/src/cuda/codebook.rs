@@ -29,7 +29,7 @@ impl CustomOp2 for Nearest {
         "vq-nearest-codes"
     }
 
-    not_on_the_cpu!(x, y);
+    not_on_the_cpu!(_, _);
 
     fn cuda_fwd(
         &self,
@@ -65,7 +65,7 @@ impl CustomOp2 for Lookup {
         "vq-lookup"
     }
 
-    not_on_the_cpu!(x, y);
+    not_on_the_cpu!(_, _);
 
     fn cuda_fwd(
         &self,
@@ -109,7 +109,7 @@ impl CustomOp2 for Statistics {
         "vq-code-statistics"
     }
 
-    not_on_the_cpu!(x, y);
+    not_on_the_cpu!(_, _);
 
     fn cuda_fwd(
         &self,
@@ -180,7 +180,7 @@ impl CustomOp1 for Count {
         "vq-count-codes"
     }
 
-    not_on_the_cpu!(x);
+    not_on_the_cpu!(_);
 
     fn cuda_fwd(&self, codes: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
         let device = &codes.device;

@@ -205,12 +205,10 @@ fn run<T: Planned>(
                 // The memory goes back in the main queue's order.
                 device.cuda_stream().join(&state.stream).w()?;
             }
-            let outgrown = state.workspace.take();
             if std::mem::take(&mut state.is_recorded) {
-                state.outgrown.extend(outgrown);
-            } else {
-                drop(outgrown);
+                state.outgrown.extend(state.workspace.take());
             }
+            state.workspace = None;
             // SAFETY: cuDNN asks for memory of any content.
             #[allow(unsafe_code)]
             let memory = unsafe { device.alloc::<u8>(plan.workspace) }?;

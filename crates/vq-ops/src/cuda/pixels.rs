@@ -46,7 +46,7 @@ impl CustomOp2 for Mixture {
         "vq-pixel-likelihood"
     }
 
-    not_on_the_cpu!(x, y);
+    not_on_the_cpu!(_, _);
 
     fn cuda_fwd(
         &self,

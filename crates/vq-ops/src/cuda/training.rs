@@ -100,7 +100,7 @@ impl CustomOp1 for NormAndScale<'_> {
         "vq-norm-and-scale"
     }
 
-    not_on_the_cpu!(x);
+    not_on_the_cpu!(_);
 
     fn cuda_fwd(&self, any: &CudaStorage, _: &Layout) -> Result<(CudaStorage, Shape)> {
         let device = &any.device;
@@ -135,7 +135,7 @@ impl CustomOp3 for Images {
         "vq-images"
     }
 
-    not_on_the_cpu!(x, y, z);
+    not_on_the_cpu!(_, _, _);
 
     fn cuda_fwd(
         &self,
@@ -198,7 +198,7 @@ impl CustomOp1 for Dropout {
         "vq-dropout"
     }
 
-    not_on_the_cpu!(x);
+    not_on_the_cpu!(_);
 
     fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
         let device = &x.device;

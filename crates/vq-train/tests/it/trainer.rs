@@ -90,6 +90,7 @@ fn a_stop_flag_that_is_raised_already_ends_at_once() {
     assert_eq!(second.run().unwrap(), Outcome::Interrupted);
     assert!(!stopped.join("last").exists());
     let mut third = resumed(&recipe, &stopped).unwrap();
+    assert_eq!(third.progress().step, 0);
     assert!(!third.task().model().codebooks_initialized().unwrap());
     third.run().unwrap();
     assert!(last(&straight) == last(&stopped));
