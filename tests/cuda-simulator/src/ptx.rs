@@ -12,7 +12,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use lanes::{Block, Warp};
+use lanes::{Block, Registers, Warp};
 
 /// Which memory there is.
 pub trait Memory {
@@ -32,6 +32,8 @@ pub struct Kernel {
     name: String,
     parameters: Vec<(usize, usize)>,
     code: Code,
+    /// Those of blocks that have ended.
+    registers: Mutex<Vec<Registers>>,
     /// What the addresses in the code are of.
     _globals: Vec<Arc<Vec<u64>>>,
 }
@@ -105,7 +107,9 @@ impl Module {
         let decoded = known.entry(name.to_owned()).or_insert_with(|| {
             let (code, parameters) = decode::decode(part, &self.parts)?;
             let globals = self.parts.globals.values().cloned().collect();
-            Ok(Arc::new(Kernel { name: name.to_owned(), parameters, code, _globals: globals }))
+            let name = name.to_owned();
+            let registers = Mutex::default();
+            Ok(Arc::new(Kernel { name, parameters, code, registers, _globals: globals }))
         });
         Some(decoded.clone())
     }
@@ -147,20 +151,29 @@ impl Kernel {
         memory: &dyn Memory,
     ) -> Result<(), Fault> {
         let threads = block.iter().product::<u32>() as usize;
-        let mut warps: Vec<Warp<'_>> = (0..threads.div_ceil(32))
-            .map(|number| Warp::new(&self.code, number, threads, parameters, memory))
-            .collect();
+        let mut warps = Vec::new();
+        for number in 0..threads.div_ceil(32) {
+            let left = self.registers.lock().unwrap_or_else(PoisonError::into_inner).pop();
+            let registers = left.unwrap_or_else(|| Registers::new(&self.code));
+            warps.push(Warp::new(&self.code, registers, number, threads, parameters, memory));
+        }
         let mut shared = Block::new(self.code.shared.next_multiple_of(16) + dynamic_shared_bytes);
+        let mut done = Ok(());
         for z in 0..grid[2] {
             for y in 0..grid[1] {
                 for x in 0..grid[0] {
-                    let place = [x, y, z];
-                    self.run_block(&mut warps, &mut shared, place, grid, block)
-                        .map_err(|why| Fault(format!("{}, block {place:?}: {why}", self.name)))?;
+                    if done.is_ok() {
+                        let place = [x, y, z];
+                        let ran = self.run_block(&mut warps, &mut shared, place, grid, block);
+                        let at = |why| Fault(format!("{}, block {place:?}: {why}", self.name));
+                        done = ran.map_err(at);
+                    }
                 }
             }
         }
-        Ok(())
+        let mut left = self.registers.lock().unwrap_or_else(PoisonError::into_inner);
+        left.extend(warps.into_iter().map(Warp::into_registers));
+        done
     }
 
     fn run_block(

@@ -1,10 +1,9 @@
 //! From statements to steps.
 
 use std::collections::HashMap;
-use std::sync::Arc;
 
 use super::float::{self, Mode};
-use super::lanes::{Longs, Space, Warp, Words, lanes};
+use super::lanes::{Longs, Space, Warp, Words, for_each, lanes};
 use super::text::{Part, Parts, Statement, Variable, bytes_of, statements, variable};
 use super::{Code, Run, Special, Step};
 
@@ -969,27 +968,24 @@ impl Decoder<'_> {
             && bytes == 4
         {
             return Ok(run!(|w, m| {
-                let mut values: Words = w.words[d];
-                for lane in lanes(m) {
-                    let from = w.find(space, lane, at(w, base, lane, offset), 4)?;
-                    // SAFETY: found and aligned.
-                    values[lane] = unsafe { from.cast::<u32>().read() };
-                }
-                w.set_words(d, m, &values);
+                let from = w.find_all(space, m, &addresses(w, base, offset), 4)?;
+                let to = &mut w.words[d];
+                // SAFETY: found and aligned.
+                for_each(m, |lane| to[lane] = unsafe { from[lane].cast::<u32>().read() });
             }));
         }
         Ok(run!(|w, m| {
-            for lane in lanes(m) {
-                let from = w.find(space, lane, at(w, base, lane, offset), whole)?;
-                for (i, &(d, is_long)) in to.iter().enumerate() {
-                    // SAFETY: found, all of it, and aligned.
-                    let value = unsafe { read(from.add(i * bytes), bytes) };
-                    let value = if signed { extend(value, of.bits) } else { value };
-                    if is_long {
-                        w.longs[d][lane] = value;
-                    } else {
-                        w.words[d][lane] = value as u32;
-                    }
+            let from = w.find_all(space, m, &addresses(w, base, offset), whole)?;
+            for (i, &(d, is_long)) in to.iter().enumerate() {
+                // SAFETY: found, all of it, and aligned.
+                let value = |lane: usize| unsafe { read(from[lane].add(i * bytes), bytes) };
+                let value = |lane| if signed { extend(value(lane), of.bits) } else { value(lane) };
+                if is_long {
+                    let to = &mut w.longs[d];
+                    for_each(m, |lane| to[lane] = value(lane));
+                } else {
+                    let to = &mut w.words[d];
+                    for_each(m, |lane| to[lane] = value(lane) as u32);
                 }
             }
         }))
@@ -1001,12 +997,17 @@ impl Decoder<'_> {
         let bytes = of.bits / 8;
         let whole = bytes * from.len();
         Ok(run!(|w, m| {
-            for lane in lanes(m) {
-                let to = w.find(space, lane, at(w, base, lane, offset), whole)?;
-                for (i, &(a, is_long)) in from.iter().enumerate() {
-                    let value = if is_long { w.longs[a][lane] } else { w.words[a][lane].into() };
-                    // SAFETY: found, all of it, and aligned.
-                    unsafe { write(to.add(i * bytes), bytes, value) };
+            let to = w.find_all(space, m, &addresses(w, base, offset), whole)?;
+            for (i, &(a, is_long)) in from.iter().enumerate() {
+                // SAFETY: found, all of it, and aligned.
+                let put =
+                    |lane: usize, value| unsafe { write(to[lane].add(i * bytes), bytes, value) };
+                if is_long {
+                    let from = &w.longs[a];
+                    for_each(m, |lane| put(lane, from[lane]));
+                } else {
+                    let from = &w.words[a];
+                    for_each(m, |lane| put(lane, from[lane].into()));
                 }
             }
         }))
@@ -1061,8 +1062,9 @@ impl Decoder<'_> {
             _ => return Err("not known".to_owned()),
         };
         Ok(run!(|w, m| {
+            let places = w.find_all(space, m, &addresses(w, base, offset), bytes)?;
             for lane in lanes(m) {
-                let place = w.find(space, lane, at(w, base, lane, offset), bytes)?;
+                let place = places[lane];
                 let value = |w: &Warp<'_>, i: usize| {
                     operands.get(i).map_or(0, |&(a, is_long)| {
                         if is_long {
@@ -1750,12 +1752,12 @@ enum Number {
     Float(f64),
 }
 
-#[inline]
-fn at(w: &Warp<'_>, base: Base, lane: usize, offset: u64) -> u64 {
+/// Where each thread's access is.
+fn addresses(w: &Warp<'_>, base: Base, offset: u64) -> Longs {
     match base {
-        Base::None => offset,
-        Base::Word(register) => u64::from(w.words[register][lane].wrapping_add(offset as u32)),
-        Base::Long(register) => w.longs[register][lane].wrapping_add(offset),
+        Base::None => [offset; 32],
+        Base::Word(register) => w.words[register].map(|at| at.wrapping_add(offset as u32).into()),
+        Base::Long(register) => w.longs[register].map(|at| at.wrapping_add(offset)),
     }
 }
 

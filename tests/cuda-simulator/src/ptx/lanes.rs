@@ -52,6 +52,29 @@ impl Block {
     }
 }
 
+/// What a warp's threads have for themselves.
+pub(super) struct Registers {
+    words: Vec<Words>,
+    longs: Vec<Longs>,
+    predicates: Vec<u32>,
+    local: Vec<u128>,
+}
+
+impl Registers {
+    pub(super) fn new(code: &Code) -> Self {
+        let mut words = vec![[u32::MAX; 32]; code.words];
+        let mut longs = vec![[u64::MAX; 32]; code.longs];
+        for &(register, value) in &code.constants {
+            words[register] = [value; 32];
+        }
+        for &(register, value) in &code.long_constants {
+            longs[register] = [value; 32];
+        }
+        let local = vec![u128::MAX; code.local.div_ceil(16) * 32];
+        Self { words, longs, predicates: vec![0; code.predicates], local }
+    }
+}
+
 /// Threads 32·n to 32·n + 31 of a block.
 pub(super) struct Warp<'a> {
     number: usize,
@@ -79,6 +102,7 @@ pub(super) struct Warp<'a> {
 impl<'a> Warp<'a> {
     pub(super) fn new(
         code: &'a Code,
+        registers: Registers,
         number: usize,
         threads: usize,
         parameters: &'a [u8],
@@ -86,26 +110,19 @@ impl<'a> Warp<'a> {
     ) -> Self {
         let count = (threads - 32 * number).min(32);
         let whole = if count == 32 { ALL } else { (1 << count) - 1 };
-        let mut words = vec![[u32::MAX; 32]; code.words];
-        let mut longs = vec![[u64::MAX; 32]; code.longs];
-        for &(register, value) in &code.constants {
-            words[register] = [value; 32];
-        }
-        for &(register, value) in &code.long_constants {
-            longs[register] = [value; 32];
-        }
+        let Registers { words, longs, predicates, local } = registers;
         Self {
             number,
             words,
             longs,
-            predicates: vec![0; code.predicates],
+            predicates,
             carry: 0,
             pcs: [0; 32],
             whole,
             alive: 0,
             waiting: 0,
             block: std::ptr::null_mut(),
-            local: vec![u128::MAX; code.local.div_ceil(16) * 32],
+            local,
             local_bytes: code.local.next_multiple_of(16),
             parameters,
             memory,
@@ -113,6 +130,11 @@ impl<'a> Warp<'a> {
             found: [(0, 0); 4],
             next: 0,
         }
+    }
+
+    pub(super) fn into_registers(self) -> Registers {
+        let Self { words, longs, predicates, local, .. } = self;
+        Registers { words, longs, predicates, local }
     }
 
     /// Begins a block.
@@ -247,8 +269,51 @@ impl<'a> Warp<'a> {
         *to = *to & !mask | values & mask;
     }
 
-    /// Where that memory lies in this process; an error where it is not there.
-    pub(super) fn find(
+    /// Where the memory of each thread lies in this process; an error where it is not there.
+    pub(super) fn find_all(
+        &mut self,
+        space: Space,
+        mask: u32,
+        addresses: &Longs,
+        bytes: usize,
+    ) -> Result<[*mut u8; 32], String> {
+        let (mut least, mut most, mut bits) = (u64::MAX, 0, 0);
+        // Those of threads that take no part are as the first one that does.
+        let first = addresses[mask.trailing_zeros() as usize & 31];
+        for (lane, &address) in addresses.iter().enumerate() {
+            let address = if mask >> lane & 1 == 1 { address } else { first };
+            least = least.min(address);
+            most = most.max(address);
+            bits |= address;
+        }
+        // All in one allocation, as it nearly always is.
+        let end = most.saturating_add(bytes as u64);
+        if bits.is_multiple_of(bytes as u64) {
+            let first = match space {
+                Space::Generic | Space::Global => {
+                    let mut known = self.found.iter().chain(self.globals);
+                    known.any(|range| least >= range.0 && end <= range.1).then_some(0)
+                }
+                Space::Shared => {
+                    // SAFETY: it is the memory of the block that runs.
+                    let block = unsafe { &mut *self.block };
+                    (end <= block.bytes as u64).then(|| block.words.as_mut_ptr() as usize)
+                }
+                Space::Local | Space::Parameter => None,
+            };
+            if let Some(first) = first {
+                return Ok(addresses.map(|address| (first as u64).wrapping_add(address) as *mut u8));
+            }
+        }
+        let mut places = [std::ptr::null_mut(); 32];
+        for lane in lanes(mask) {
+            places[lane] = self.find(space, lane, addresses[lane], bytes)?;
+        }
+        Ok(places)
+    }
+
+    /// Where a thread's memory lies.
+    fn find(
         &mut self,
         space: Space,
         lane: usize,
@@ -308,6 +373,21 @@ impl<'a> Warp<'a> {
                 }
                 Ok(self.parameters.as_ptr().wrapping_add(address as usize).cast_mut())
             }
+        }
+    }
+}
+
+/// Calls `work` with each thread of a mask.
+#[inline]
+pub(super) fn for_each(mask: u32, mut work: impl FnMut(usize)) {
+    if mask == ALL {
+        // So that the compiler sees how many there are.
+        for lane in 0..32 {
+            work(lane);
+        }
+    } else {
+        for lane in lanes(mask) {
+            work(lane);
         }
     }
 }

@@ -5,7 +5,6 @@ use std::sync::Arc;
 
 /// A kernel or a function: its parameters and its body.
 pub(super) struct Part {
-    pub(super) name: String,
     pub(super) is_entry: bool,
     pub(super) returns: Vec<Variable>,
     pub(super) parameters: Vec<Variable>,
@@ -105,7 +104,7 @@ fn function<'a>(text: &'a str, parts: &mut HashMap<String, Part>) -> Result<&'a 
         depth += i32::from(c == '{') - i32::from(c == '}');
         if depth == 0 {
             let body = rest[end + 1..i].to_owned();
-            parts.insert(name.clone(), Part { name, is_entry, returns, parameters, body });
+            parts.insert(name, Part { is_entry, returns, parameters, body });
             return Ok(&rest[i + 1..]);
         }
     }
