@@ -1,7 +1,8 @@
 //! The driver's interface ("libcuda"): those of its calls that cudarc makes.
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
+use std::time::Instant;
 
 use crate::memory::MEMORY;
 use crate::ptx;
@@ -39,6 +40,10 @@ pub(crate) fn later(
     let work: Work = Arc::new(work);
     world.push(queue_of(stream), Step::Work(work))
 }
+
+/// Whether every kernel is named, with the time that it has taken here.
+static IS_TRACED: LazyLock<bool> =
+    LazyLock::new(|| std::env::var_os("CUDA_SIMULATOR_TRACE").is_some());
 
 const DEVICE: c_int = 0;
 const CONTEXT: u64 = 0x100;
@@ -494,7 +499,15 @@ unsafe extern "C" fn cuLaunchKernel(
             }
         }
         later(world, stream, move || {
+            let start = Instant::now();
             let done = kernel.run(grid, block, shared_bytes as usize, &bytes, &MEMORY);
+            if *IS_TRACED {
+                let name = kernel.name();
+                say(&format!(
+                    "{:.1} ms: {name}, {grid:?} × {block:?}",
+                    start.elapsed().as_secs_f64() * 1e3
+                ));
+            }
             done.map_err(|fault| Failure::new(Code::LAUNCH_FAILED, fault.to_string()))
         })
     })

@@ -15,6 +15,13 @@ mod dnn;
 mod driver;
 mod memory;
 mod numbers;
+// Floats are compared as PTX says, an access is aligned when it is made, and each instruction is an arm.
+#[allow(
+    clippy::float_cmp,
+    clippy::neg_cmp_op_on_partial_ord,
+    clippy::cast_ptr_alignment,
+    clippy::too_many_lines
+)]
 pub mod ptx;
 mod queue;
 mod random;

@@ -1,8 +1,13 @@
 //! Runs kernels from their PTX: threads of a warp together, instruction by instruction.
 
+mod access;
 mod decode;
+mod each;
 mod float;
+mod integer;
 mod lanes;
+mod rounding;
+mod steps;
 mod text;
 
 #[cfg(test)]

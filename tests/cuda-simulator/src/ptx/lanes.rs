@@ -1,6 +1,7 @@
 //! A warp: 32 threads that take each step together, as far as they are at the same one.
 
 use std::array;
+use std::cmp::Ordering;
 
 use super::{Code, Memory, Special, Step};
 
@@ -172,12 +173,10 @@ impl<'a> Warp<'a> {
             let mut mask = 0;
             for lane in lanes(ready) {
                 let at = self.pcs[lane];
-                if at < pc {
-                    (stop, pc, mask) = (pc, at, 1 << lane);
-                } else if at == pc {
-                    mask |= 1 << lane;
-                } else {
-                    stop = stop.min(at);
+                match at.cmp(&pc) {
+                    Ordering::Less => (stop, pc, mask) = (pc, at, 1 << lane),
+                    Ordering::Equal => mask |= 1 << lane,
+                    Ordering::Greater => stop = stop.min(at),
                 }
             }
             loop {
@@ -198,7 +197,7 @@ impl<'a> Warp<'a> {
                             self.put(taken, *to);
                             break;
                         }
-                        if *steps & 0xffff == 0 {
+                        if steps.is_multiple_of(1 << 16) {
                             self.put(mask, pc);
                             break;
                         }
@@ -297,7 +296,7 @@ impl<'a> Warp<'a> {
                 Space::Shared => {
                     // SAFETY: it is the memory of the block that runs.
                     let block = unsafe { &mut *self.block };
-                    (end <= block.bytes as u64).then(|| block.words.as_mut_ptr() as usize)
+                    (end <= block.bytes as u64).then_some(block.words.as_mut_ptr() as usize)
                 }
                 Space::Local | Space::Parameter => None,
             };
@@ -326,7 +325,7 @@ impl<'a> Warp<'a> {
                 32 * self.number + lane
             ))
         };
-        if address % bytes as u64 != 0 {
+        if !address.is_multiple_of(bytes as u64) {
             return fault("not aligned");
         }
         let inside = |offset: u64, size: usize| {
@@ -336,7 +335,7 @@ impl<'a> Warp<'a> {
             Space::Generic if (SHARED..LOCAL).contains(&address) => {
                 self.find(Space::Shared, lane, address - SHARED, bytes)
             }
-            Space::Generic if address >= LOCAL && address < LOCAL + (1 << 32) => {
+            Space::Generic if (LOCAL..LOCAL + (1 << 32)).contains(&address) => {
                 self.find(Space::Local, lane, address - LOCAL, bytes)
             }
             Space::Generic | Space::Global => {

@@ -239,7 +239,7 @@ fn numbers_become_others_as_they_say() {
     let narrow = "cvt.u16.u32 %rs1, %r1;\ncvt.s32.s16 %r4, %rs1;";
     assert_eq!(result(narrow, [0x0001_8000, 0, 0]), 0xffff_8000);
     let wide = "cvt.s64.s32 %rd5, %r1;\nmul.lo.s64 %rd6, %rd5, %rd5;\nshr.u64 %rd7, %rd6, 32;\ncvt.u32.u64 %r4, %rd7;";
-    assert_eq!(result(wide, [(-70_000i32) as u32, 0, 0]), (70_000u64 * 70_000 >> 32) as u32);
+    assert_eq!(result(wide, [(-70_000i32) as u32, 0, 0]), ((70_000u64 * 70_000) >> 32) as u32);
     let double = "cvt.f64.f32 %fd1, %f1;\ndiv.rn.f64 %fd2, %fd1, 0d4008000000000000;\ncvt.rn.f32.f64 %f4, %fd2;\nmov.b32 %r4, %f4;";
     assert_eq!(f32::from_bits(result(double, [1f32.to_bits(), 0, 0])), 1. / 3.);
 }
