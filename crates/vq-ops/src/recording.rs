@@ -62,3 +62,39 @@ impl Recording {
         match self.never {}
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use candle_core::{DType, Tensor, Var};
+
+    use super::*;
+    use crate::testing::{noise, values};
+    use crate::{Conv2d, conv2d};
+
+    #[test]
+    fn a_recording_stays_right_when_larger_convolutions_come_after_it() -> Result<()> {
+        let device = crate::test_device();
+        if !can_record(&device) {
+            assert!(Recording::new(&device, || Ok(())).is_err());
+            return Ok(());
+        }
+        let config = Conv2d { padding: 1, ..Conv2d::default() };
+        let (x, weight) = (noise(&[2, 5, 4, 8], 1), noise(&[8, 8, 3, 3], 2));
+        let to = Var::zeros((2, 5, 4, 8), DType::F32, &device)?;
+        let convolve = |x: &Tensor| conv2d(&x.detach(), &weight.detach(), None, config);
+        let work = || to.set(&convolve(&x)?);
+        rehearse(&device, work)?;
+        let recording = Recording::new(&device, work)?;
+        for seed in 3..6 {
+            // What it was recorded with holds other numbers each time.
+            let new = noise(x.dims(), seed);
+            x.set(&new)?;
+            recording.repeat()?;
+            assert_eq!(values(&to), values(&convolve(&new)?));
+            let large = noise(&[3, 8 * seed as usize, 16, 8], seed);
+            assert_eq!(convolve(&large)?.dims(), large.dims());
+            crate::wait_for(&device)?;
+        }
+        Ok(())
+    }
+}
