@@ -6,9 +6,9 @@ use std::sync::OnceLock;
 
 use candle_core::{Device, Error, Result};
 
-/// Opens CUDA device `number`, cuDNN and the kernels' compiler on it. An error where anything of that is
-/// missing: also in a build that opens CUDA's libraries at run time, where the bindings panic on a missing
-/// one.
+/// Opens CUDA device `number`, cuDNN and the kernels' compiler on it. This thread waits for it when it ends. An error
+/// where anything of that is missing: also in a build that opens CUDA's libraries at run time, where the bindings panic
+/// on a missing one.
 pub fn open_cuda(number: usize) -> Result<Device> {
     if !candle_core::utils::cuda_is_available() {
         return Err(Error::NotCompiledWithCudaSupport);
@@ -24,6 +24,7 @@ pub fn open_cuda(number: usize) -> Result<Device> {
         if let Device::Cuda(device) = &device {
             crate::cuda::prepare(device)?;
         }
+        finish_with_the_thread(&device);
         Ok(device)
     })
 }
@@ -127,7 +128,7 @@ fn finish_with_the_thread(device: &Device) {
     struct Finish(Device);
     impl Drop for Finish {
         fn drop(&mut self) {
-            // A test that fails has said so already.
+            // What failed has said so already.
             let _ = wait_for(&self.0);
         }
     }
