@@ -2,7 +2,7 @@
 //! one, so that its tests run where there is no GPU. Kernels are run from their PTX, thread by thread, every access of
 //! theirs is checked, and nothing is done before somebody waits for it.
 //!
-//! The library takes the place of libcuda, libcublas, libcurand, libcudnn and libnvrtc: `.ci/simulated-cuda` puts it
+//! The library takes the place of libcuda, libcublas, libcurand, libcudnn and libnvrtc: `.ci/simulate-cuda` puts it
 //! there. What it knows of them is what cudarc asks for, for candle and vq-ops.
 
 // The interface is C's: handles were made by the call that makes them and are given back once, pointers are to what

@@ -96,7 +96,7 @@ pub(super) struct Warp<'a> {
     /// Where the module's variables lie.
     globals: &'a [(u64, u64)],
     /// The allocations that were found last.
-    found: [(u64, u64); 4],
+    found: [(u64, u64); 8],
     next: usize,
 }
 
@@ -128,7 +128,7 @@ impl<'a> Warp<'a> {
             parameters,
             memory,
             globals: &code.globals,
-            found: [(0, 0); 4],
+            found: [(0, 0); 8],
             next: 0,
         }
     }
@@ -285,13 +285,14 @@ impl<'a> Warp<'a> {
             most = most.max(address);
             bits |= address;
         }
-        // All in one allocation, as it nearly always is.
+        // All in one allocation, as it nearly always is. Sizes are powers of two.
         let end = most.saturating_add(bytes as u64);
-        if bits.is_multiple_of(bytes as u64) {
+        if bits & (bytes as u64 - 1) == 0 {
             let first = match space {
                 Space::Generic | Space::Global => {
-                    let mut known = self.found.iter().chain(self.globals);
-                    known.any(|range| least >= range.0 && end <= range.1).then_some(0)
+                    let holds = |range: &(u64, u64)| least >= range.0 && end <= range.1;
+                    let is_known = self.found.iter().chain(self.globals).any(holds);
+                    (is_known || self.find_one(least, end - least)).then_some(0)
                 }
                 Space::Shared => {
                     // SAFETY: it is the memory of the block that runs.
@@ -311,6 +312,14 @@ impl<'a> Warp<'a> {
         Ok(places)
     }
 
+    /// Whether there is an allocation that holds all of it; it is known from now on.
+    fn find_one(&mut self, address: u64, bytes: u64) -> bool {
+        let Some(range) = self.memory.find(address, bytes) else { return false };
+        self.found[self.next] = range;
+        self.next = (self.next + 1) % self.found.len();
+        true
+    }
+
     /// Where a thread's memory lies.
     fn find(
         &mut self,
@@ -319,12 +328,9 @@ impl<'a> Warp<'a> {
         address: u64,
         bytes: usize,
     ) -> Result<*mut u8, String> {
-        let fault = |what: &str| {
-            Err(format!(
-                "thread {}: {bytes} bytes at {address:#x}: {what}",
-                32 * self.number + lane
-            ))
-        };
+        let thread = 32 * self.number + lane;
+        let fault =
+            |what: &str| Err(format!("thread {thread}: {bytes} bytes at {address:#x}: {what}"));
         if !address.is_multiple_of(bytes as u64) {
             return fault("not aligned");
         }
@@ -344,11 +350,9 @@ impl<'a> Warp<'a> {
                         return Ok(address as *mut u8);
                     }
                 }
-                let Some(range) = self.memory.find(address, bytes as u64) else {
+                if !self.find_one(address, bytes as u64) {
                     return fault("not allocated");
-                };
-                self.found[self.next] = range;
-                self.next = (self.next + 1) % self.found.len();
+                }
                 Ok(address as *mut u8)
             }
             Space::Shared => {
