@@ -1,7 +1,7 @@
 //! What most steps are made of: one function for all threads.
 
 use super::Run;
-use super::lanes::{Longs, Warp, Words};
+use super::lanes::Warp;
 
 /// A step that can't fail, or that says how with `?`.
 macro_rules! run {
@@ -14,114 +14,37 @@ macro_rules! run {
 }
 pub(super) use run;
 
-pub(super) fn w1(d: usize, a: usize, f: impl Fn(u32) -> u32 + Send + Sync + 'static) -> Run {
-    run!(|w, m| {
-        let x = &w.words[a];
-        let to: Words = std::array::from_fn(|i| f(x[i]));
-        w.set_words(d, m, &to);
-    })
+/// Makes the function that makes a step of `f`: from registers of these kinds to one of that kind.
+macro_rules! each {
+    ($(#[$doc:meta])* $name:ident: $($x:ident in $of:ident: $T:ty),+ => $set:ident: $R:ty) => {
+        $(#[$doc])*
+        pub(super) fn $name(
+            to: usize,
+            $($x: usize,)+
+            f: impl Fn($($T),+) -> $R + Send + Sync + 'static,
+        ) -> Run {
+            run!(|w, m| {
+                $(let $x = &w.$of[$x];)+
+                let results: [$R; 32] = std::array::from_fn(|i| f($($x[i]),+));
+                w.$set(to, m, &results);
+            })
+        }
+    };
 }
 
-pub(super) fn w2(
-    d: usize,
-    a: usize,
-    b: usize,
-    f: impl Fn(u32, u32) -> u32 + Send + Sync + 'static,
-) -> Run {
-    run!(|w, m| {
-        let (x, y) = (&w.words[a], &w.words[b]);
-        let to: Words = std::array::from_fn(|i| f(x[i], y[i]));
-        w.set_words(d, m, &to);
-    })
-}
-
-pub(super) fn w3(
-    d: usize,
-    a: [usize; 3],
-    f: impl Fn(u32, u32, u32) -> u32 + Send + Sync + 'static,
-) -> Run {
-    run!(|w, m| {
-        let (x, y, z) = (&w.words[a[0]], &w.words[a[1]], &w.words[a[2]]);
-        let to: Words = std::array::from_fn(|i| f(x[i], y[i], z[i]));
-        w.set_words(d, m, &to);
-    })
-}
-
-pub(super) fn l1(d: usize, a: usize, f: impl Fn(u64) -> u64 + Send + Sync + 'static) -> Run {
-    run!(|w, m| {
-        let x = &w.longs[a];
-        let to: Longs = std::array::from_fn(|i| f(x[i]));
-        w.set_longs(d, m, &to);
-    })
-}
-
-pub(super) fn l2(
-    d: usize,
-    a: usize,
-    b: usize,
-    f: impl Fn(u64, u64) -> u64 + Send + Sync + 'static,
-) -> Run {
-    run!(|w, m| {
-        let (x, y) = (&w.longs[a], &w.longs[b]);
-        let to: Longs = std::array::from_fn(|i| f(x[i], y[i]));
-        w.set_longs(d, m, &to);
-    })
-}
-
-pub(super) fn l3(
-    d: usize,
-    a: [usize; 3],
-    f: impl Fn(u64, u64, u64) -> u64 + Send + Sync + 'static,
-) -> Run {
-    run!(|w, m| {
-        let (x, y, z) = (&w.longs[a[0]], &w.longs[a[1]], &w.longs[a[2]]);
-        let to: Longs = std::array::from_fn(|i| f(x[i], y[i], z[i]));
-        w.set_longs(d, m, &to);
-    })
-}
-
-pub(super) fn wl(d: usize, a: usize, f: impl Fn(u32) -> u64 + Send + Sync + 'static) -> Run {
-    run!(|w, m| {
-        let x = &w.words[a];
-        let to: Longs = std::array::from_fn(|i| f(x[i]));
-        w.set_longs(d, m, &to);
-    })
-}
-
-pub(super) fn lw(d: usize, a: usize, f: impl Fn(u64) -> u32 + Send + Sync + 'static) -> Run {
-    run!(|w, m| {
-        let x = &w.longs[a];
-        let to: Words = std::array::from_fn(|i| f(x[i]));
-        w.set_words(d, m, &to);
-    })
-}
-
-/// Of a long and a word, as in shifts.
-pub(super) fn lwl(
-    d: usize,
-    a: usize,
-    b: usize,
-    f: impl Fn(u64, u32) -> u64 + Send + Sync + 'static,
-) -> Run {
-    run!(|w, m| {
-        let (x, y) = (&w.longs[a], &w.words[b]);
-        let to: Longs = std::array::from_fn(|i| f(x[i], y[i]));
-        w.set_longs(d, m, &to);
-    })
-}
-
-pub(super) fn w2l(
-    d: usize,
-    a: usize,
-    b: usize,
-    f: impl Fn(u32, u32) -> u64 + Send + Sync + 'static,
-) -> Run {
-    run!(|w, m| {
-        let (x, y) = (&w.words[a], &w.words[b]);
-        let to: Longs = std::array::from_fn(|i| f(x[i], y[i]));
-        w.set_longs(d, m, &to);
-    })
-}
+each!(w1: x in words: u32 => set_words: u32);
+each!(w2: x in words: u32, y in words: u32 => set_words: u32);
+each!(w3: x in words: u32, y in words: u32, z in words: u32 => set_words: u32);
+each!(l1: x in longs: u64 => set_longs: u64);
+each!(l2: x in longs: u64, y in longs: u64 => set_longs: u64);
+each!(l3: x in longs: u64, y in longs: u64, z in longs: u64 => set_longs: u64);
+each!(wl: x in words: u32 => set_longs: u64);
+each!(lw: x in longs: u64 => set_words: u32);
+each!(
+    /// Of a long and a word, as in shifts.
+    lwl: x in longs: u64, y in words: u32 => set_longs: u64
+);
+each!(w2l: x in words: u32, y in words: u32 => set_longs: u64);
 
 /// Which threads it holds of.
 pub(super) type Test = Box<dyn Fn(&Warp<'_>) -> u32 + Send + Sync>;

@@ -57,9 +57,9 @@ impl Decoder<'_> {
                     let [to, a, b, c] = self.words(arguments)?;
                     return Ok(match (mode, flush) {
                         (Mode::Nearest, false) => {
-                            w3(to, [a, b, c], |x, y, v| f(x).mul_add(f(y), f(v)).to_bits())
+                            w3(to, a, b, c, |x, y, v| f(x).mul_add(f(y), f(v)).to_bits())
                         }
-                        _ => w3(to, [a, b, c], move |x, y, v| {
+                        _ => w3(to, a, b, c, move |x, y, v| {
                             end(rounding::fma(z(x), z(y), z(v), mode))
                         }),
                     });
@@ -105,7 +105,7 @@ impl Decoder<'_> {
                         return Err("not known".to_owned());
                     }
                     let [to, a, b, c] = self.longs(arguments)?;
-                    return Ok(l3(to, [a, b, c], |x, y, v| d(x).mul_add(d(y), d(v)).to_bits()));
+                    return Ok(l3(to, a, b, c, |x, y, v| d(x).mul_add(d(y), d(v)).to_bits()));
                 }
                 let [to, a, b] = self.longs(arguments)?;
                 Ok(match (op, mode) {
@@ -140,7 +140,7 @@ impl Decoder<'_> {
                 }
                 if op == "fma" {
                     let [to, a, b, c] = self.words(arguments)?;
-                    return Ok(w3(to, [a, b, c], move |x, y, v| {
+                    return Ok(w3(to, a, b, c, move |x, y, v| {
                         // Exact in f64, and so rounded twice at most where it can't matter.
                         let exact =
                             f64::from(from(x)).mul_add(f64::from(from(y)), f64::from(from(v)));
@@ -196,7 +196,7 @@ impl Decoder<'_> {
         };
         if arguments.len() == 4 {
             let [to, a, b, c] = self.words(arguments)?;
-            return Ok(w3(to, [a, b, c], move |x, y, z| each(x, y, z, make)));
+            return Ok(w3(to, a, b, c, move |x, y, z| each(x, y, z, make)));
         }
         let [to, a, b] = self.words(arguments)?;
         Ok(w2(to, a, b, move |x, y| each(x, y, 0, make)))

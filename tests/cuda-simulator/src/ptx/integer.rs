@@ -53,7 +53,7 @@ impl Decoder<'_> {
                     }));
                 }
                 let c = self.word(&arguments[3])?;
-                return Ok(w3(to, [a, b, c], move |x, y, z| {
+                return Ok(w3(to, a, b, c, move |x, y, z| {
                     (of_word(x).wrapping_mul(of_word(y)) as u32).wrapping_add(z)
                 }));
             }
@@ -83,9 +83,9 @@ impl Decoder<'_> {
         if matches!(op, "mad" | "sad") {
             let [to, a, b, c] = self.words(arguments)?;
             return Ok(match (op, has("hi")) {
-                ("mad", false) => w3(to, [a, b, c], |x, y, z| x.wrapping_mul(y).wrapping_add(z)),
+                ("mad", false) => w3(to, a, b, c, |x, y, z| x.wrapping_mul(y).wrapping_add(z)),
                 ("mad", true) if !narrow => {
-                    w3(to, [a, b, c], move |x, y, z| high(x, y, signed).wrapping_add(z))
+                    w3(to, a, b, c, move |x, y, z| high(x, y, signed).wrapping_add(z))
                 }
                 _ => return Err("not known".to_owned()),
             });
@@ -170,9 +170,9 @@ impl Decoder<'_> {
         if op == "mad" {
             let [to, a, b, c] = self.longs(arguments)?;
             return Ok(if is_high {
-                l3(to, [a, b, c], move |x, y, z| high(x, y).wrapping_add(z))
+                l3(to, a, b, c, move |x, y, z| high(x, y).wrapping_add(z))
             } else {
-                l3(to, [a, b, c], |x, y, z| x.wrapping_mul(y).wrapping_add(z))
+                l3(to, a, b, c, |x, y, z| x.wrapping_mul(y).wrapping_add(z))
             });
         }
         let [to, a, b] = self.longs(arguments)?;

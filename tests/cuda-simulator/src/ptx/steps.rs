@@ -120,7 +120,7 @@ impl Decoder<'_> {
             }
             "prmt" if last == "b32" => {
                 let a = self.words::<4>(arguments)?;
-                Ok(w3(a[0], [a[1], a[2], a[3]], |x, y, which| {
+                Ok(w3(a[0], a[1], a[2], a[3], |x, y, which| {
                     let both = u64::from(y) << 32 | u64::from(x);
                     (0..4).fold(0, |to, i| {
                         let choice = which >> (4 * i) & 15;
@@ -162,7 +162,7 @@ impl Decoder<'_> {
             "bfe" if of.is_some_and(|of| of.bits == 32) => {
                 let a = self.words::<4>(arguments)?;
                 let signed = of.is_some_and(Type::is_signed);
-                Ok(w3(a[0], [a[1], a[2], a[3]], move |x, at, len| {
+                Ok(w3(a[0], a[1], a[2], a[3], move |x, at, len| {
                     let (at, len) = (at & 0xff, len & 0xff);
                     if len == 0 {
                         return 0;
@@ -180,7 +180,7 @@ impl Decoder<'_> {
             "shf" => {
                 let a = self.words::<4>(arguments)?;
                 let (left, wrap) = (has("l"), has("wrap"));
-                Ok(w3(a[0], [a[1], a[2], a[3]], move |low, high, by| {
+                Ok(w3(a[0], a[1], a[2], a[3], move |low, high, by| {
                     let by = if wrap { by & 31 } else { by.min(32) };
                     let both = u64::from(high) << 32 | u64::from(low);
                     if left { (both << by >> 32) as u32 } else { (both >> by) as u32 }
@@ -208,7 +208,7 @@ impl Decoder<'_> {
                 let a = self.words::<4>(arguments)?;
                 let table =
                     number(arguments.get(4).ok_or("too few operands")?).ok_or("no table")? as u32;
-                Ok(w3(a[0], [a[1], a[2], a[3]], move |x, y, z| {
+                Ok(w3(a[0], a[1], a[2], a[3], move |x, y, z| {
                     (0..8).filter(|i| table >> i & 1 == 1).fold(0, |to, i| {
                         let of = |bit: u32, v: u32| if i >> bit & 1 == 1 { v } else { !v };
                         to | of(2, x) & of(1, y) & of(0, z)
