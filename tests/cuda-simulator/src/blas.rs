@@ -2,24 +2,19 @@
 
 use std::ffi::{c_int, c_longlong, c_uint, c_void};
 
-use crate::driver::{call, later};
-use crate::memory::MEMORY;
+use crate::driver::{call, create, destroy, later};
 use crate::numbers::{Format, Real, load, multiply, store, to_tf32};
 use crate::queue::{Code, Failure};
 
 /// A handle is the address of its queue.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cublasCreate_v2(handle: *mut *mut u64) -> u32 {
-    // SAFETY: where the caller wants the handle.
-    unsafe { handle.write(Box::into_raw(Box::new(0))) };
-    0
+    unsafe { create(handle, 0) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cublasDestroy_v2(handle: *mut u64) -> u32 {
-    // SAFETY: made by cublasCreate.
-    drop(unsafe { Box::from_raw(handle) });
-    0
+    unsafe { destroy(handle) }
 }
 
 #[unsafe(no_mangle)]
@@ -69,22 +64,11 @@ impl Product {
             }
             let mut product = vec![T::default(); rows * columns];
             multiply(&a, &b, &mut product, rows, columns);
-            let what = "a product";
-            let (format, address) = (self.c.format, self.c.first(i));
+            let place = |i: usize| i / rows * self.c.line + i % rows;
+            let values = product.into_iter().enumerate().map(|(i, value)| (place(i), value));
             let len = self.c.line * (columns - 1) + rows;
-            MEMORY.check(address, len * format.bytes(), what)?;
-            let before: Vec<T> =
-                if beta == 0. { Vec::new() } else { load(format, address, len, what)? };
-            for (column, product) in product.chunks_exact(rows).enumerate() {
-                for (row, &x) in product.iter().enumerate() {
-                    let at = column * self.c.line + row;
-                    let mut sum = T::from_f64(alpha) * x;
-                    if beta != 0. {
-                        sum += T::from_f64(beta) * before[at];
-                    }
-                    store(format, address, at, sum);
-                }
-            }
+            let (format, address) = (self.c.format, self.c.first(i));
+            store(format, address, len, [alpha, beta], values, "a product")?;
         }
         Ok(())
     }
@@ -118,13 +102,8 @@ impl Matrix {
 }
 
 fn format(of: c_uint) -> Result<Format, Failure> {
-    match of {
-        0 => Ok(Format::F32),
-        1 => Ok(Format::F64),
-        2 => Ok(Format::F16),
-        14 => Ok(Format::Bf16),
-        _ => Err(Failure::new(Code(15), format!("there are no products of type {of}"))),
-    }
+    let none = || Failure::new(Code(15), format!("there are no products of type {of}"));
+    Format::of(of, 14).ok_or_else(none)
 }
 
 fn size(n: c_int) -> Result<usize, Failure> {

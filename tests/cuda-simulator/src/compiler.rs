@@ -6,6 +6,7 @@ use std::hash::{Hash, Hasher};
 use std::path::PathBuf;
 use std::process::Command;
 
+use crate::driver::{create, destroy};
 use crate::queue::say;
 
 /// A source, what became of it, and what was said.
@@ -28,17 +29,12 @@ unsafe extern "C" fn nvrtcCreateProgram(
 ) -> u32 {
     // SAFETY: a text that ends.
     let source = unsafe { CStr::from_ptr(source) }.to_string_lossy().into_owned();
-    let new = Box::new(Program { source, ptx: Vec::new(), log: vec![0] });
-    // SAFETY: where the caller wants the handle.
-    unsafe { program.write(Box::into_raw(new)) };
-    0
+    unsafe { create(program, Program { source, ptx: Vec::new(), log: vec![0] }) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn nvrtcDestroyProgram(program: *mut *mut Program) -> u32 {
-    // SAFETY: made by nvrtcCreateProgram, as all below.
-    drop(unsafe { Box::from_raw(*program) });
-    0
+    unsafe { destroy(*program) }
 }
 
 #[unsafe(no_mangle)]

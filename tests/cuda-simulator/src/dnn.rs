@@ -2,7 +2,7 @@
 
 use std::ffi::{c_char, c_int, c_uint, c_void};
 
-use crate::driver::{call, later};
+use crate::driver::{call, create, destroy, later};
 use crate::memory::MEMORY;
 use crate::numbers::{Format, load, multiply, store, to_tf32};
 use crate::queue::{Code, Failure};
@@ -40,19 +40,19 @@ impl Tensor {
         self.sizes.iter().zip(self.steps).map(|(size, step)| (size - 1) * step).sum::<usize>() + 1
     }
 
-    fn at(&self, place: [usize; 4]) -> usize {
-        place.iter().zip(self.steps).map(|(place, step)| place * step).sum()
+    /// Where each element lies, in the order [channels][images][height][width].
+    fn places(&self) -> impl Iterator<Item = usize> + use<> {
+        let [n, c, h, w] = self.sizes;
+        let [of_n, of_c, of_h, of_w] = self.steps;
+        let planes = (0..c).flat_map(move |c| (0..n).map(move |n| n * of_n + c * of_c));
+        let lines = planes.flat_map(move |plane| (0..h).map(move |y| plane + y * of_h));
+        lines.flat_map(move |line| (0..w).map(move |x| line + x * of_w))
     }
 }
 
 fn format(of: c_uint) -> Result<Format, Failure> {
-    match of {
-        0 => Ok(Format::F32),
-        1 => Ok(Format::F64),
-        2 => Ok(Format::F16),
-        9 => Ok(Format::Bf16),
-        _ => Err(Failure::new(NOT_SUPPORTED, format!("there are no tensors of type {of}"))),
-    }
+    let none = || Failure::new(NOT_SUPPORTED, format!("there are no tensors of type {of}"));
+    Format::of(of, 9).ok_or_else(none)
 }
 
 fn size(n: c_int) -> Result<usize, Failure> {
@@ -67,16 +67,12 @@ extern "C" fn cudnnGetVersion() -> usize {
 /// A handle is the address of its queue.
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudnnCreate(handle: *mut *mut u64) -> u32 {
-    // SAFETY: where the caller wants the handle, as for all that is created below.
-    unsafe { handle.write(Box::into_raw(Box::new(0))) };
-    0
+    unsafe { create(handle, 0) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudnnDestroy(handle: *mut u64) -> u32 {
-    // SAFETY: made by cudnnCreate; so all handles and descriptions below were made by what creates them.
-    drop(unsafe { Box::from_raw(handle) });
-    0
+    unsafe { destroy(handle) }
 }
 
 #[unsafe(no_mangle)]
@@ -92,14 +88,12 @@ extern "C" fn cudnnGetErrorString(_status: u32) -> *const c_char {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudnnCreateTensorDescriptor(to: *mut *mut Tensor) -> u32 {
-    unsafe { to.write(Box::into_raw(Box::default())) };
-    0
+    unsafe { create(to, Tensor::default()) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudnnDestroyTensorDescriptor(tensor: *mut Tensor) -> u32 {
-    drop(unsafe { Box::from_raw(tensor) });
-    0
+    unsafe { destroy(tensor) }
 }
 
 #[unsafe(no_mangle)]
@@ -173,14 +167,12 @@ unsafe extern "C" fn cudnnSetFilter4dDescriptor(
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudnnCreateConvolutionDescriptor(to: *mut *mut Convolution) -> u32 {
-    unsafe { to.write(Box::into_raw(Box::default())) };
-    0
+    unsafe { create(to, Convolution::default()) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn cudnnDestroyConvolutionDescriptor(convolution: *mut Convolution) -> u32 {
-    drop(unsafe { Box::from_raw(convolution) });
-    0
+    unsafe { destroy(convolution) }
 }
 
 #[unsafe(no_mangle)]
@@ -292,19 +284,8 @@ impl Plan {
         let format = tensor.format()?;
         let all = load::<f32>(format, address, tensor.span(), what)?;
         let rounds = format == Format::F32 && self.convolution.math != 3;
-        let [n, c, h, w] = tensor.sizes;
-        let mut to = Vec::with_capacity(n * c * h * w);
-        for channel in 0..c {
-            for image in 0..n {
-                for y in 0..h {
-                    for x in 0..w {
-                        let value = all[tensor.at([image, channel, y, x])];
-                        to.push(if rounds { to_tf32(value) } else { value });
-                    }
-                }
-            }
-        }
-        Ok(to)
+        let own = |at: usize| if rounds { to_tf32(all[at]) } else { all[at] };
+        Ok(tensor.places().map(own).collect())
     }
 
     /// Writes elements in that order: alpha of them and beta of what is there.
@@ -312,27 +293,11 @@ impl Plan {
         tensor: &Tensor,
         address: u64,
         values: &[f32],
-        [alpha, beta]: [f32; 2],
+        factors: [f32; 2],
         what: &str,
     ) -> Result<(), Failure> {
-        let format = tensor.format()?;
-        MEMORY.check(address, tensor.span() * format.bytes(), what)?;
-        let before: Vec<f32> =
-            if beta == 0. { Vec::new() } else { load(format, address, tensor.span(), what)? };
-        let [n, c, h, w] = tensor.sizes;
-        let mut values = values.iter();
-        for channel in 0..c {
-            for image in 0..n {
-                for y in 0..h {
-                    for (x, value) in (0..w).zip(&mut values) {
-                        let at = tensor.at([image, channel, y, x]);
-                        let more = if beta == 0. { 0. } else { beta * before[at] };
-                        store(format, address, at, alpha * value + more);
-                    }
-                }
-            }
-        }
-        Ok(())
+        let values = tensor.places().zip(values.iter().copied());
+        store(tensor.format()?, address, tensor.span(), factors.map(f64::from), values, what)
     }
 
     /// Calls `work` with each tap's number and, for each pixel of the smaller map in the order of

@@ -31,6 +31,26 @@ unsafe fn put<T>(to: *mut T, value: T) {
     }
 }
 
+/// Makes something and gives its address as a handle.
+///
+/// # Safety
+///
+/// There is room for the handle.
+pub(crate) unsafe fn create<T>(handle: *mut *mut T, new: T) -> u32 {
+    unsafe { handle.write(Box::into_raw(Box::new(new))) };
+    0
+}
+
+/// Ends what [`create`] has made.
+///
+/// # Safety
+///
+/// It has made it, and nobody uses it any more.
+pub(crate) unsafe fn destroy<T>(handle: *mut T) -> u32 {
+    drop(unsafe { Box::from_raw(handle) });
+    0
+}
+
 /// Has a queue do something later.
 pub(crate) fn later(
     world: &mut World,
@@ -426,7 +446,7 @@ unsafe extern "C" fn cuModuleLoadData(module: *mut *mut ptx::Module, image: *con
         let text = text.to_str().map_err(|_| Failure::new(Code::INVALID_PTX, "this is no text"))?;
         let parsed =
             ptx::Module::parse(text).map_err(|why| Failure::new(Code::INVALID_PTX, why))?;
-        unsafe { put(module, Box::into_raw(Box::new(parsed))) };
+        unsafe { create(module, parsed) };
         Ok(())
     })
 }

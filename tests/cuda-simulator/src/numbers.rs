@@ -15,6 +15,16 @@ pub(crate) enum Format {
 }
 
 impl Format {
+    /// The one of that number; libraries differ in the number of bf16.
+    pub(crate) fn of(number: u32, bf16: u32) -> Option<Self> {
+        match number {
+            0 => Some(Self::F32),
+            1 => Some(Self::F64),
+            2 => Some(Self::F16),
+            _ => (number == bf16).then_some(Self::Bf16),
+        }
+    }
+
     pub(crate) fn bytes(self) -> usize {
         match self {
             Self::F64 => 8,
@@ -74,11 +84,36 @@ pub(crate) fn load<T: Real>(
     }
 }
 
-/// Writes an element of what [`MEMORY`] has checked, rounded once more where it is in 16 bits.
-pub(crate) fn store<T: Real>(format: Format, address: u64, at: usize, value: T) {
+/// Writes elements of `len` that lie there: α of each value and, where β is not 0, β of what is there.
+pub(crate) fn store<T: Real>(
+    format: Format,
+    address: u64,
+    len: usize,
+    [alpha, beta]: [f64; 2],
+    values: impl Iterator<Item = (usize, T)>,
+    what: &str,
+) -> Result<(), Failure> {
+    MEMORY.check(address, len * format.bytes(), what)?;
+    let before: Vec<T> = if beta == 0. { Vec::new() } else { load(format, address, len, what)? };
+    for (at, value) in values {
+        let mut sum = T::from_f64(alpha) * value;
+        if beta != 0. {
+            sum += T::from_f64(beta) * before[at];
+        }
+        assert!(at < len, "{what}: element {at} of {len}");
+        // SAFETY: the element is one of those that were checked.
+        unsafe { write(format, address, at, sum.to_f64()) };
+    }
+    Ok(())
+}
+
+/// Rounds once more where it is in 16 bits.
+///
+/// # Safety
+///
+/// The element is there, and nothing else runs on the device.
+unsafe fn write(format: Format, address: u64, at: usize, value: f64) {
     let address = address + (at * format.bytes()) as u64;
-    let value = value.to_f64();
-    // SAFETY: whoever calls has checked that the element is there.
     unsafe {
         match format {
             Format::F32 => (address as *mut f32).write(value as f32),

@@ -17,7 +17,7 @@ use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use lanes::{Block, Registers, Warp};
+use lanes::{Block, Condition, Registers, Warp};
 
 /// Which memory there is.
 pub trait Memory {
@@ -68,11 +68,11 @@ enum Step {
     /// To a step, where the predicate is as it should be.
     Branch {
         to: usize,
-        when: Option<(usize, bool)>,
+        when: Option<Condition>,
     },
     Barrier,
     End {
-        when: Option<(usize, bool)>,
+        when: Option<Condition>,
     },
 }
 

@@ -6,7 +6,7 @@
 use std::cell::{Cell, OnceCell};
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, LazyLock, Mutex, MutexGuard, PoisonError};
 
 use crate::memory::MEMORY;
 
@@ -113,33 +113,15 @@ pub(crate) struct World {
     /// The capture that a queue takes part in.
     capturing: HashMap<u64, u64>,
     graphs: HashMap<u64, Arc<Graph>>,
-    /// Page-locked memory of the host: first address and end.
+    /// Page-locked memory of the host: first address and length.
     locked: HashMap<u64, usize>,
 }
 
-static WORLD: Mutex<Option<World>> = Mutex::new(None);
+static WORLD: LazyLock<Mutex<World>> = LazyLock::new(Mutex::default);
 
 /// The world, for one thread at a time.
-pub(crate) struct Held(MutexGuard<'static, Option<World>>);
-
-pub(crate) fn world() -> Held {
-    let mut guard = WORLD.lock().unwrap_or_else(PoisonError::into_inner);
-    guard.get_or_insert_default();
-    Held(guard)
-}
-
-impl std::ops::Deref for Held {
-    type Target = World;
-    fn deref(&self) -> &World {
-        // It is there from the first time on.
-        self.0.as_ref().unwrap_or_else(|| unreachable!())
-    }
-}
-
-impl std::ops::DerefMut for Held {
-    fn deref_mut(&mut self) -> &mut World {
-        self.0.as_mut().unwrap_or_else(|| unreachable!())
-    }
+pub(crate) fn world() -> MutexGuard<'static, World> {
+    WORLD.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A number that nothing has yet; above those that the driver gives a meaning.

@@ -2,7 +2,7 @@
 
 use std::ffi::c_uint;
 
-use crate::driver::{call, later};
+use crate::driver::{call, create, destroy, later};
 use crate::memory::MEMORY;
 use crate::queue::{Code, Failure};
 
@@ -14,17 +14,12 @@ struct Generator {
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn curandCreateGenerator(generator: *mut *mut Generator, _kind: c_uint) -> u32 {
-    let new = Box::new(Generator { stream: 0, seed: 0, given: 0 });
-    // SAFETY: where the caller wants the handle.
-    unsafe { generator.write(Box::into_raw(new)) };
-    0
+    unsafe { create(generator, Generator { stream: 0, seed: 0, given: 0 }) }
 }
 
 #[unsafe(no_mangle)]
 unsafe extern "C" fn curandDestroyGenerator(generator: *mut Generator) -> u32 {
-    // SAFETY: made by curandCreateGenerator, as all below.
-    drop(unsafe { Box::from_raw(generator) });
-    0
+    unsafe { destroy(generator) }
 }
 
 #[unsafe(no_mangle)]

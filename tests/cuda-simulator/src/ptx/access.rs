@@ -4,7 +4,6 @@ use super::Run;
 use super::decode::{Decoder, Item, Kind, Type, number, operands};
 use super::each::{d, extend, f, l1, run, truncate};
 use super::lanes::{Longs, Space, Warp, for_each, lanes};
-use super::rounding;
 
 /// An address: a register or nothing, and what is added.
 #[derive(Clone, Copy)]
@@ -160,16 +159,11 @@ impl Decoder<'_> {
                 Box::new(|x, y, _| u64::from((f(x as u32) + f(y as u32)).to_bits()))
             }
             ("add", Kind::Float, 64) => Box::new(|x, y, _| (d(x) + d(y)).to_bits()),
-            ("add", Kind::Float, 16) => Box::new(|x, y, _| {
-                u64::from(rounding::to_f16(
-                    rounding::from_f16(x as u32) + rounding::from_f16(y as u32),
-                ))
-            }),
-            ("add", Kind::Bf, 16) => Box::new(|x, y, _| {
-                u64::from(rounding::to_bf16(
-                    rounding::from_bf16(x as u32) + rounding::from_bf16(y as u32),
-                ))
-            }),
+            ("add", Kind::Float | Kind::Bf, 16) => {
+                let half = of.half().ok_or("not known")?;
+                let add = move |x, y| half.round(half.read(x) + half.read(y));
+                Box::new(move |x, y, _| u64::from(add(x as u32, y as u32)))
+            }
             ("add", _, _) => Box::new(|x, y, _| x.wrapping_add(y)),
             ("max" | "min", Kind::Unsigned, _) => {
                 let most = kind == "max";

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 
-use super::lanes::{Space, Warp};
+use super::lanes::{Condition, Space, Warp};
+use super::rounding::Half;
 use super::text::{Part, Parts, Statement, Variable, bytes_of, statements, variable};
 use super::{Code, Run, Special, Step};
 
@@ -112,6 +113,15 @@ impl Type {
 
     pub(super) fn is_float(self) -> bool {
         matches!(self.kind, Kind::Float | Kind::Bf)
+    }
+
+    /// Its format, of a float of 16 bits.
+    pub(super) fn half(self) -> Option<Half> {
+        match (self.kind, self.bits) {
+            (Kind::Float, 16) => Some(Half::F16),
+            (Kind::Bf, 16) => Some(Half::Bf16),
+            _ => None,
+        }
     }
 
     pub(super) fn is_signed(self) -> bool {
@@ -311,13 +321,18 @@ impl Decoder<'_> {
             .ok_or_else(|| format!("what is {text}?"))
     }
 
-    /// A predicate's register, and whether its opposite is meant.
-    pub(super) fn predicate(&self, text: &str) -> Result<(usize, bool), String> {
+    /// A predicate, or its opposite where the text says so.
+    pub(super) fn condition(&self, text: &str) -> Result<Condition, String> {
         let (negated, name) = text.strip_prefix('!').map_or((false, text), |rest| (true, rest));
         match self.look_up(name) {
-            Some(Item::Predicate(register)) => Ok((register, negated)),
+            Some(Item::Predicate(predicate)) => Ok(Condition { predicate, negated }),
             _ => Err(format!("what is {text}?")),
         }
+    }
+
+    /// The register of a predicate to be set.
+    pub(super) fn predicate(&self, text: &str) -> Result<usize, String> {
+        Ok(self.condition(text.trim())?.predicate)
     }
 
     pub(super) fn words<const N: usize>(&mut self, texts: &[String]) -> Result<[usize; N], String> {
@@ -399,8 +414,7 @@ impl Decoder<'_> {
         let (mut when, mut rest) = (None, line);
         if let Some(guarded) = line.strip_prefix('@') {
             let (name, after) = guarded.split_once(' ').ok_or("nothing after the guard")?;
-            let (register, negated) = self.predicate(name)?;
-            (when, rest) = (Some((register, !negated)), after);
+            (when, rest) = (Some(self.condition(name)?), after);
         }
         let (opcode, arguments) = rest.split_once(' ').unwrap_or((rest, ""));
         let parts: Vec<&str> = opcode.split('.').collect();
@@ -433,9 +447,8 @@ impl Decoder<'_> {
                 let run = self.step(&parts, &arguments)?;
                 let run = match when {
                     None => run,
-                    Some((register, wanted)) => Box::new(move |w: &mut Warp<'_>, m: u32| {
-                        let which = w.predicates[register];
-                        let m = m & if wanted { which } else { !which };
+                    Some(when) => Box::new(move |w: &mut Warp<'_>, m: u32| {
+                        let m = m & w.holds(when);
                         if m == 0 { Ok(()) } else { run(w, m) }
                     }) as Run,
                 };

@@ -4,7 +4,7 @@ use super::Run;
 use super::decode::{Decoder, Item, Kind, Type};
 use super::each::{d, extend, f, l1, l2, l3, lw, run, truncate, w1, w2, w3, wl};
 use super::lanes::{Longs, Warp, lanes};
-use super::rounding::{self, Mode};
+use super::rounding::{self, Half, Mode};
 
 impl Decoder<'_> {
     pub(super) fn float(
@@ -123,12 +123,8 @@ impl Decoder<'_> {
                 })
             }
             (_, 16) => {
-                let is_bf = of.kind == Kind::Bf;
-                let from = move |x: u32| {
-                    if is_bf { rounding::from_bf16(x) } else { rounding::from_f16(x) }
-                };
-                let back =
-                    move |x: f32| if is_bf { rounding::to_bf16(x) } else { rounding::to_f16(x) };
+                let half = of.half().ok_or("not known")?;
+                let (from, back) = (move |x| half.read(x), move |x| half.round(x));
                 if matches!(op, "neg" | "abs" | "ex2" | "tanh") {
                     let [to, a] = self.words(arguments)?;
                     return Ok(match op {
@@ -169,19 +165,16 @@ impl Decoder<'_> {
     pub(super) fn packed(
         &mut self,
         parts: &[&str],
-        of: &str,
+        of: Half,
         arguments: &[String],
     ) -> Result<Run, String> {
         if parts.iter().any(|part| matches!(*part, "sat" | "NaN" | "relu" | "xorsign")) {
             return Err("not known".to_owned());
         }
-        let is_bf = of == "bf16x2";
-        let from = move |x: u32| if is_bf { rounding::from_bf16(x) } else { rounding::from_f16(x) };
-        let back = move |x: f32| if is_bf { rounding::to_bf16(x) } else { rounding::to_f16(x) };
         let each = move |x: u32, y: u32, z: u32, make: fn(f32, f32, f32) -> f32| {
             let half = |at: u32| {
-                let part = |x: u32| from(x >> at & 0xffff);
-                back(make(part(x), part(y), part(z))) << at
+                let part = |x: u32| of.read(x >> at & 0xffff);
+                of.round(make(part(x), part(y), part(z))) << at
             };
             half(16) | half(0)
         };
@@ -216,10 +209,8 @@ impl Decoder<'_> {
                 return Err("not known".to_owned());
             }
             let [to, a, b] = self.words(arguments)?;
-            let is_bf = packed == "bf16x2";
-            let back =
-                move |x: u32| if is_bf { rounding::to_bf16(f(x)) } else { rounding::to_f16(f(x)) };
-            return Ok(w2(to, a, b, move |x, y| back(x) << 16 | back(y)));
+            let of = if packed == "bf16x2" { Half::Bf16 } else { Half::F16 };
+            return Ok(w2(to, a, b, move |x, y| of.round(f(x)) << 16 | of.round(f(y))));
         }
         let [to, from] = types else { return Err("between what types?".to_owned()) };
         let (to, from) = (*to, *from);
@@ -275,10 +266,10 @@ impl Decoder<'_> {
         let read: Box<dyn Fn(u64) -> Number + Send + Sync> = match (from.kind, from.bits) {
             (Kind::Float, 32) => Box::new(|x| Number::Float(f64::from(f(x as u32)))),
             (Kind::Float, 64) => Box::new(|x| Number::Float(d(x))),
-            (Kind::Float, 16) => {
-                Box::new(|x| Number::Float(f64::from(rounding::from_f16(x as u32))))
+            (Kind::Float | Kind::Bf, 16) => {
+                let half = from.half().ok_or("not known")?;
+                Box::new(move |x| Number::Float(f64::from(half.read(x as u32))))
             }
-            (Kind::Bf, 16) => Box::new(|x| Number::Float(f64::from(rounding::from_bf16(x as u32)))),
             (Kind::Signed, bits) => {
                 Box::new(move |x| Number::Integer(i128::from(extend(x, bits) as i64)))
             }
@@ -294,17 +285,14 @@ impl Decoder<'_> {
                     Number::Integer(x) => rounding::from_integer(x, mode, bits),
                 };
                 let clamp = move |x: f64| if saturate { rounding::saturate(x) } else { x };
-                match (to.kind, to.bits) {
-                    (Kind::Float, 32) => Box::new(move |x| {
+                match (to.half(), to.bits) {
+                    (None, 32) => Box::new(move |x| {
                         u64::from(rounding::narrow(clamp(round(x)), mode).to_bits())
                     }),
-                    (Kind::Float, 64) => Box::new(move |x| clamp(round(x)).to_bits()),
-                    (Kind::Float, 16) => Box::new(move |x| {
-                        u64::from(rounding::to_f16(rounding::to_odd(clamp(round(x)))))
-                    }),
-                    (Kind::Bf, 16) if mode == Mode::Nearest => Box::new(move |x| {
-                        u64::from(rounding::to_bf16(rounding::to_odd(clamp(round(x)))))
-                    }),
+                    (None, 64) => Box::new(move |x| clamp(round(x)).to_bits()),
+                    (Some(half), _) if half == Half::F16 || mode == Mode::Nearest => {
+                        Box::new(move |x| u64::from(half.round(rounding::to_odd(clamp(round(x))))))
+                    }
                     _ => return Err("not known".to_owned()),
                 }
             }

@@ -16,17 +16,15 @@ impl Decoder<'_> {
         let signed = of.is_signed();
         let has = |word: &str| parts.contains(&word);
         if of.kind == Kind::Predicate {
-            let (to, _) = self.predicate(&arguments[0])?;
-            let (a, a_not) = self.predicate(&arguments[1])?;
-            let (b, b_not) =
-                arguments.get(2).map_or(Ok((a, a_not)), |text| self.predicate(text))?;
+            let to = self.predicate(&arguments[0])?;
+            let a = self.condition(&arguments[1])?;
+            let b = arguments.get(2).map_or(Ok(a), |text| self.condition(text))?;
             let which = ["and", "or", "xor", "not"]
                 .iter()
                 .position(|known| *known == op)
                 .ok_or("not known")?;
             return Ok(run!(|w, m| {
-                let x = if a_not { !w.predicates[a] } else { w.predicates[a] };
-                let y = if b_not { !w.predicates[b] } else { w.predicates[b] };
+                let (x, y) = (w.holds(a), w.holds(b));
                 let value = match which {
                     0 => x & y,
                     1 => x | y,
@@ -101,6 +99,9 @@ impl Decoder<'_> {
         }
         let [to, a, b] = self.words(arguments)?;
         let most = of.bits as u32;
+        let divided = move |x: u32, y: u32, divide: fn(i32, i32) -> i32| {
+            if own(y) == 0 { u32::MAX } else { divide(own(x) as i32, own(y) as i32) as u32 }
+        };
         Ok(match op {
             "add" => w2(to, a, b, u32::wrapping_add),
             "sub" => w2(to, a, b, u32::wrapping_sub),
@@ -116,21 +117,9 @@ impl Decoder<'_> {
             "max" if signed => w2(to, a, b, move |x, y| (own(x) as i32).max(own(y) as i32) as u32),
             "min" => w2(to, a, b, move |x, y| own(x).min(own(y))),
             "max" => w2(to, a, b, move |x, y| own(x).max(own(y))),
-            "div" if signed => w2(to, a, b, move |x, y| {
-                if own(y) == 0 {
-                    u32::MAX
-                } else {
-                    (own(x) as i32).wrapping_div(own(y) as i32) as u32
-                }
-            }),
+            "div" if signed => w2(to, a, b, move |x, y| divided(x, y, i32::wrapping_div)),
             "div" => w2(to, a, b, move |x, y| own(x).checked_div(own(y)).unwrap_or(u32::MAX)),
-            "rem" if signed => w2(to, a, b, move |x, y| {
-                if own(y) == 0 {
-                    u32::MAX
-                } else {
-                    (own(x) as i32).wrapping_rem(own(y) as i32) as u32
-                }
-            }),
+            "rem" if signed => w2(to, a, b, move |x, y| divided(x, y, i32::wrapping_rem)),
             "rem" => w2(to, a, b, move |x, y| own(x).checked_rem(own(y)).unwrap_or(u32::MAX)),
             _ => return Err("not known".to_owned()),
         })
@@ -219,7 +208,7 @@ impl Decoder<'_> {
             let [d, a, b] = self.words(arguments)?;
             (d, a, b, None)
         };
-        let (high, signed) = (parts.contains(&"hi"), of.is_signed());
+        let (is_high, signed) = (parts.contains(&"hi"), of.is_signed());
         Ok(run!(|w, m| {
             let mut carry = 0;
             let to: Words = std::array::from_fn(|i| {
@@ -227,12 +216,8 @@ impl Decoder<'_> {
                 let (x, y) = match c {
                     None => (x, y),
                     Some(c) => {
-                        let product = if signed {
-                            (i64::from(x as i32) * i64::from(y as i32)) as u64
-                        } else {
-                            u64::from(x) * u64::from(y)
-                        };
-                        (if high { (product >> 32) as u32 } else { product as u32 }, w.words[c][i])
+                        let part = if is_high { high(x, y, signed) } else { x.wrapping_mul(y) };
+                        (part, w.words[c][i])
                     }
                 };
                 let given = u64::from(takes && w.carry >> i & 1 == 1);

@@ -36,6 +36,13 @@ impl Space {
     }
 }
 
+/// A predicate, or its opposite.
+#[derive(Clone, Copy)]
+pub(super) struct Condition {
+    pub(super) predicate: usize,
+    pub(super) negated: bool,
+}
+
 /// A block's shared memory.
 pub(super) struct Block {
     words: Vec<u128>,
@@ -187,7 +194,7 @@ impl<'a> Warp<'a> {
                         pc += 1;
                     }
                     Step::Branch { to, when } => {
-                        let taken = mask & self.when(*when);
+                        let taken = mask & when.map_or(ALL, |when| self.holds(when));
                         if taken == mask {
                             pc = *to;
                         } else if taken == 0 {
@@ -208,7 +215,7 @@ impl<'a> Warp<'a> {
                         break;
                     }
                     Step::End { when } => {
-                        let ended = mask & self.when(*when);
+                        let ended = mask & when.map_or(ALL, |when| self.holds(when));
                         self.alive &= !ended;
                         mask &= !ended;
                         if mask == 0 {
@@ -234,11 +241,9 @@ impl<'a> Warp<'a> {
         }
     }
 
-    /// The threads of which the predicate is so.
-    fn when(&self, when: Option<(usize, bool)>) -> u32 {
-        when.map_or(ALL, |(predicate, wanted)| {
-            if wanted { self.predicates[predicate] } else { !self.predicates[predicate] }
-        })
+    /// The threads that it holds of.
+    pub(super) fn holds(&self, Condition { predicate, negated }: Condition) -> u32 {
+        if negated { !self.predicates[predicate] } else { self.predicates[predicate] }
     }
 
     pub(super) fn set_words(&mut self, register: usize, mask: u32, values: &Words) {
@@ -290,9 +295,7 @@ impl<'a> Warp<'a> {
         if bits & (bytes as u64 - 1) == 0 {
             let first = match space {
                 Space::Generic | Space::Global => {
-                    let holds = |range: &(u64, u64)| least >= range.0 && end <= range.1;
-                    let is_known = self.found.iter().chain(self.globals).any(holds);
-                    (is_known || self.find_one(least, end - least)).then_some(0)
+                    self.is_allocated(least, end - least).then_some(0)
                 }
                 Space::Shared => {
                     // SAFETY: it is the memory of the block that runs.
@@ -313,7 +316,12 @@ impl<'a> Warp<'a> {
     }
 
     /// Whether there is an allocation that holds all of it; it is known from now on.
-    fn find_one(&mut self, address: u64, bytes: u64) -> bool {
+    fn is_allocated(&mut self, address: u64, bytes: u64) -> bool {
+        let holds =
+            |range: &(u64, u64)| address >= range.0 && address.saturating_add(bytes) <= range.1;
+        if self.found.iter().chain(self.globals).any(holds) {
+            return true;
+        }
         let Some(range) = self.memory.find(address, bytes) else { return false };
         self.found[self.next] = range;
         self.next = (self.next + 1) % self.found.len();
@@ -345,12 +353,7 @@ impl<'a> Warp<'a> {
                 self.find(Space::Local, lane, address - LOCAL, bytes)
             }
             Space::Generic | Space::Global => {
-                for &(first, end) in self.found.iter().chain(self.globals) {
-                    if address >= first && address + bytes as u64 <= end {
-                        return Ok(address as *mut u8);
-                    }
-                }
-                if !self.find_one(address, bytes as u64) {
+                if !self.is_allocated(address, bytes as u64) {
                     return fault("not allocated");
                 }
                 Ok(address as *mut u8)

@@ -1,5 +1,7 @@
 //! Arithmetic of floats that the host does not have as PTX means it.
 
+use crate::numbers;
+
 /// How a result is rounded.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Mode {
@@ -160,18 +162,25 @@ pub(super) fn most(x: f32, y: f32, keeps_nan: bool) -> f32 {
     -least(-x, -y, keeps_nan)
 }
 
-pub(super) fn from_bf16(bits: u32) -> f32 {
-    f32::from_bits(bits << 16)
+/// The two formats of 16 bits.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Half {
+    F16,
+    Bf16,
 }
 
-pub(super) fn to_bf16(x: f32) -> u32 {
-    u32::from(crate::numbers::to_bf16(x))
-}
+impl Half {
+    pub(super) fn read(self, bits: u32) -> f32 {
+        match self {
+            Self::F16 => numbers::from_f16(bits as u16),
+            Self::Bf16 => numbers::from_bf16(bits as u16),
+        }
+    }
 
-pub(super) fn from_f16(bits: u32) -> f32 {
-    crate::numbers::from_f16(bits as u16)
-}
-
-pub(super) fn to_f16(x: f32) -> u32 {
-    u32::from(crate::numbers::to_f16(x))
+    pub(super) fn round(self, x: f32) -> u32 {
+        u32::from(match self {
+            Self::F16 => numbers::to_f16(x),
+            Self::Bf16 => numbers::to_bf16(x),
+        })
+    }
 }

@@ -4,7 +4,7 @@ use super::Run;
 use super::decode::{Decoder, Kind, Type, number, operands};
 use super::each::{Test, d, f, l1, longs_test, lw, run, w1, w3, words_test};
 use super::lanes::{Longs, Warp, Words};
-use super::rounding;
+use super::rounding::Half;
 
 const COMPARISONS: [&str; 18] = [
     "eq", "ne", "lt", "le", "gt", "ge", "lo", "ls", "hi", "hs", "equ", "neu", "ltu", "leu", "gtu",
@@ -52,9 +52,7 @@ impl Decoder<'_> {
             "setp" => self.set_predicate(parts, of.ok_or("of what type?")?, arguments),
             "set" => {
                 let [to, from] = types[..] else { return Err("between what types?".to_owned()) };
-                let how =
-                    *parts[1..].iter().find(|part| COMPARISONS.contains(part)).ok_or("how?")?;
-                let test = self.test(how, from, arguments.get(1..3).ok_or("too few operands")?)?;
+                let test = self.test(parts, from, arguments)?;
                 let yes = match (to.kind, to.bits) {
                     (Kind::Float, 16) => 0x3c00,
                     (Kind::Bf, 16) => 0x3f80,
@@ -72,19 +70,18 @@ impl Decoder<'_> {
             }
             "selp" => {
                 let of = of.ok_or("of what type?")?;
-                let (p, negated) = self.predicate(arguments.get(3).ok_or("too few operands")?)?;
-                let flip = if negated { u32::MAX } else { 0 };
+                let p = self.condition(arguments.get(3).ok_or("too few operands")?)?;
                 if of.bits == 64 {
                     let [d, a, b] = self.longs(arguments)?;
                     return Ok(run!(|w, m| {
-                        let (x, y, p) = (&w.longs[a], &w.longs[b], w.predicates[p] ^ flip);
+                        let (x, y, p) = (&w.longs[a], &w.longs[b], w.holds(p));
                         let to = std::array::from_fn(|i| if p >> i & 1 == 1 { x[i] } else { y[i] });
                         w.set_longs(d, m, &to);
                     }));
                 }
                 let [d, a, b] = self.words(arguments)?;
                 Ok(run!(|w, m| {
-                    let (x, y, p) = (&w.words[a], &w.words[b], w.predicates[p] ^ flip);
+                    let (x, y, p) = (&w.words[a], &w.words[b], w.holds(p));
                     let to = std::array::from_fn(|i| if p >> i & 1 == 1 { x[i] } else { y[i] });
                     w.set_words(d, m, &to);
                 }))
@@ -92,18 +89,18 @@ impl Decoder<'_> {
             "shfl" => self.shuffle(parts, arguments),
             "vote" if has("ballot") => {
                 let d = self.word(&arguments[0])?;
-                let (p, negated) = self.predicate(&arguments[1])?;
+                let p = self.condition(&arguments[1])?;
                 Ok(run!(|w, m| {
-                    let votes = (if negated { !w.predicates[p] } else { w.predicates[p] }) & m;
+                    let votes = w.holds(p) & m;
                     w.set_words(d, m, &[votes; 32]);
                 }))
             }
             "vote" if has("any") || has("all") => {
-                let (d, _) = self.predicate(&arguments[0])?;
-                let (p, negated) = self.predicate(&arguments[1])?;
+                let d = self.predicate(&arguments[0])?;
+                let p = self.condition(&arguments[1])?;
                 let all = has("all");
                 Ok(run!(|w, m| {
-                    let votes = (if negated { !w.predicates[p] } else { w.predicates[p] }) & m;
+                    let votes = w.holds(p) & m;
                     let holds = if all { votes == m } else { votes != 0 };
                     w.set_predicate(d, m, if holds { u32::MAX } else { 0 });
                 }))
@@ -215,7 +212,8 @@ impl Decoder<'_> {
                     })
                 }))
             }
-            _ if matches!(last, "bf16x2" | "f16x2") => self.packed(parts, last, arguments),
+            _ if last == "bf16x2" => self.packed(parts, Half::Bf16, arguments),
+            _ if last == "f16x2" => self.packed(parts, Half::F16, arguments),
             _ => {
                 let of = of.ok_or("of what type?")?;
                 if of.is_float() || parts[0] == "copysign" {
@@ -231,16 +229,13 @@ impl Decoder<'_> {
         let [to, from] = arguments else { return Err("two operands".to_owned()) };
         let pieces = |text: &str| operands(text.trim_start_matches('{').trim_end_matches('}'));
         if of.kind == Kind::Predicate {
-            let (d, _) = self.predicate(to)?;
+            let d = self.predicate(to)?;
             if let Some(value) = number(from) {
                 let value = if value == 0 { 0 } else { u32::MAX };
                 return Ok(run!(|w, m| w.set_predicate(d, m, value)));
             }
-            let (a, negated) = self.predicate(from)?;
-            return Ok(run!(|w, m| {
-                let value = if negated { !w.predicates[a] } else { w.predicates[a] };
-                w.set_predicate(d, m, value);
-            }));
+            let a = self.condition(from)?;
+            return Ok(run!(|w, m| w.set_predicate(d, m, w.holds(a))));
         }
         if to.starts_with('{') {
             let names = pieces(to);
@@ -301,9 +296,7 @@ impl Decoder<'_> {
 
     pub(super) fn shuffle(&mut self, parts: &[&str], arguments: &[String]) -> Result<Run, String> {
         let (to, is_valid) = match arguments[0].split_once('|') {
-            Some((to, is_valid)) => {
-                (self.word(to.trim())?, Some(self.predicate(is_valid.trim())?.0))
-            }
+            Some((to, is_valid)) => (self.word(to.trim())?, Some(self.predicate(is_valid)?)),
             None => (self.word(&arguments[0])?, None),
         };
         let [a, b, c] = self.words(&arguments[1..])?;
@@ -340,10 +333,12 @@ impl Decoder<'_> {
 
     pub(super) fn test(
         &mut self,
-        how: &str,
+        parts: &[&str],
         of: Type,
         arguments: &[String],
     ) -> Result<Test, String> {
+        let how = *parts[1..].iter().find(|part| COMPARISONS.contains(part)).ok_or("how?")?;
+        let arguments = arguments.get(1..3).ok_or("too few operands")?;
         if of.bits == 64 {
             let [a, b] = self.longs(arguments)?;
             return Ok(match of.kind {
@@ -353,10 +348,11 @@ impl Decoder<'_> {
             });
         }
         let [a, b] = self.words(arguments)?;
+        if let Some(half) = of.half() {
+            return Ok(comparison!(words_test, how, a, b, move |x| half.read(x)));
+        }
         Ok(match (of.kind, of.bits) {
             (Kind::Float, 32) => comparison!(words_test, how, a, b, f),
-            (Kind::Float, 16) => comparison!(words_test, how, a, b, rounding::from_f16),
-            (Kind::Bf, 16) => comparison!(words_test, how, a, b, rounding::from_bf16),
             (Kind::Signed, 32) => comparison!(words_test, how, a, b, |x| x as i32),
             (Kind::Signed, 16) => comparison!(words_test, how, a, b, |x| x as i16),
             (_, 16) => comparison!(words_test, how, a, b, |x| x as u16),
@@ -371,13 +367,10 @@ impl Decoder<'_> {
         of: Type,
         arguments: &[String],
     ) -> Result<Run, String> {
-        let how = *parts[1..].iter().find(|part| COMPARISONS.contains(part)).ok_or("how?")?;
-        let test = self.test(how, of, arguments.get(1..3).ok_or("too few operands")?)?;
+        let test = self.test(parts, of, arguments)?;
         let (first, second) = match arguments[0].split_once('|') {
-            Some((first, second)) => {
-                (self.predicate(first.trim())?.0, Some(self.predicate(second.trim())?.0))
-            }
-            None => (self.predicate(&arguments[0])?.0, None),
+            Some((first, second)) => (self.predicate(first)?, Some(self.predicate(second)?)),
+            None => (self.predicate(&arguments[0])?, None),
         };
         let joined = parts[1..].iter().find_map(|part| match *part {
             "and" => Some(0),
@@ -386,7 +379,7 @@ impl Decoder<'_> {
             _ => None,
         });
         let with = match (joined, arguments.get(3)) {
-            (Some(joined), Some(text)) => Some((joined, self.predicate(text)?)),
+            (Some(joined), Some(text)) => Some((joined, self.condition(text)?)),
             (None, None) => None,
             _ => return Err("not known".to_owned()),
         };
@@ -394,14 +387,9 @@ impl Decoder<'_> {
             let holds = test(w);
             let join = |holds: u32, w: &Warp<'_>| match with {
                 None => holds,
-                Some((joined, (c, negated))) => {
-                    let c = if negated { !w.predicates[c] } else { w.predicates[c] };
-                    match joined {
-                        0 => holds & c,
-                        1 => holds | c,
-                        _ => holds ^ c,
-                    }
-                }
+                Some((0, c)) => holds & w.holds(c),
+                Some((1, c)) => holds | w.holds(c),
+                Some((_, c)) => holds ^ w.holds(c),
             };
             let (yes, no) = (join(holds, w), join(!holds, w));
             w.set_predicate(first, m, yes);
